@@ -1,0 +1,1 @@
+"""Decisions of the box as pure functions of state and time."""

@@ -1,0 +1,1 @@
+"""The pure protocol that box and coordinator share: no I/O, no clock, no randomness."""

@@ -1,0 +1,31 @@
+"""Bytes to Structs and back, once, at the edge."""
+
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES = 128 * 1024
+"""Largest MQTT payload we send or accept; AWS IoT Core, a broker that fleets bridge to, has the same limit."""
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+
+
+class Malformed(ValueError):
+    """Bytes from outside that are not the message they should be; the text names the field."""
+
+
+def encode(message: object) -> bytes:
+    """JSON of a Struct, keys in a fixed order, so that equal messages have equal bytes."""
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes | bytearray | memoryview, kind: type[T], *, max_bytes: int = MAX_MESSAGE_BYTES) -> T:
+    """The Struct that ``payload`` holds. Unknown fields are ignored; raises Malformed with the field's path."""
+    if len(payload) > max_bytes:
+        raise Malformed(f"{kind.__name__}: {len(payload)} bytes, at most {max_bytes} are accepted")
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise Malformed(f"{kind.__name__}: {exc}") from exc

@@ -96,3 +96,15 @@ def test_a_healthy_replica_that_is_still_wanted_is_never_touched(world):
     want, seen = world
     touched = {step.name for step in next_steps(want, seen, limits=LIMITS, now=9) if isinstance(step, Drain | Remove)}
     assert not {name for name in touched if seen[name].phase == "running" and seen[name].spec == want.get(name)}
+
+
+@given(st.lists(specs, max_size=5), worlds())
+def test_no_batch_grants_more_memory_than_the_box_has_even_when_too_much_is_wanted(wanted, world):
+    want = {s.name: s for s in wanted}
+    seen = {name: Seen(spec, "fetched") for name, spec in want.items()}
+    seen.update({f"old-{name}": s for name, s in world[1].items()})
+    memory, gpu_memory = held(seen)
+    for step in next_steps(want, seen, limits=LIMITS, now=0):
+        if isinstance(step, Start):
+            memory, gpu_memory = memory + step.spec.memory_bytes, gpu_memory + step.spec.gpu_memory_bytes
+            assert fits((memory, gpu_memory))

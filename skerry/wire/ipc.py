@@ -29,13 +29,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """The worker's first frame on each connection: what it serves. ``error`` says why it serves nothing."""
+    """The worker's first frame on each connection: what it serves."""
 
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []
     provider: str = ""
     load_ms: float = 0.0
-    error: str = ""
 
 
 class TensorHead(msgspec.Struct, frozen=True):

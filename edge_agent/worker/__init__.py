@@ -1,0 +1,1 @@
+"""The program inside each sandbox: one model, one Unix socket, nothing else. Of ours it imports ``skerry.wire`` alone."""

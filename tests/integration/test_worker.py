@@ -7,24 +7,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx.helper as oh
 import pytest
 
 from skerry.wire import ipc, oip
-
-
-def scale_model(path: Path) -> Path:
-    """y = 2 x for x of shape [N, 3]."""
-    graph = oh.make_graph(
-        [oh.make_node("Mul", ["x", "two"], ["y"])],
-        "scale",
-        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3])],
-        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3])],
-        [oh.make_tensor("two", onnx.TensorProto.FLOAT, [1], [2.0])],
-    )
-    onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9), path)
-    return path
 
 
 def start(model: Path, sock: Path) -> subprocess.Popen[bytes]:
@@ -58,9 +43,9 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory):
+def worker(tmp_path_factory, scale_model):
     folder = tmp_path_factory.mktemp("worker")
-    process = start(scale_model(folder / "model.onnx"), folder / "w.sock")
+    process = start(scale_model, folder / "w.sock")
     deadline = time.monotonic() + 30
     while not (folder / "w.sock").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -120,9 +105,9 @@ def test_garbage_on_one_connection_leaves_the_others_alone(worker, client):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", "truncated"])
-def test_a_file_that_is_no_model_ends_the_worker_with_the_reason(tmp_path, content):
-    model = scale_model(tmp_path / "model.onnx")
-    model.write_bytes(model.read_bytes()[:-20] if content == "truncated" else content)
+def test_a_file_that_is_no_model_ends_the_worker_with_the_reason(tmp_path, scale_model, content):
+    model = tmp_path / "model.onnx"
+    model.write_bytes(scale_model.read_bytes()[:-20] if content == "truncated" else content)
     process = start(model, tmp_path / "w.sock")
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 3

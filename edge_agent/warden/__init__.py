@@ -1,0 +1,1 @@
+"""``skerry-warden``: makes the box what its signed desired document says. It has no network."""

@@ -1,0 +1,40 @@
+"""Shared fixtures, and the closing report of what was not run."""
+
+import os
+from pathlib import Path
+
+import onnx
+import onnx.helper as oh
+import pytest
+
+_absent: dict[str, str] = {}
+
+
+def need(component: str, reason: str) -> None:
+    """Skip where ``component`` is absent (``reason`` is not empty); under SKERRY_REQUIRE=all absence is a failure."""
+    if not reason:
+        return
+    if os.environ.get("SKERRY_REQUIRE") == "all":
+        pytest.fail(f"SKERRY_REQUIRE=all and {component} is absent: {reason}")
+    _absent[component] = reason
+    pytest.skip(f"{component}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for component, reason in sorted(_absent.items()):
+        terminalreporter.write_line(f"not run: {component}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def scale_model(tmp_path_factory) -> Path:
+    """y = 2 x for x of shape [N, 3]."""
+    path = tmp_path_factory.mktemp("model") / "scale.onnx"
+    graph = oh.make_graph(
+        [oh.make_node("Mul", ["x", "two"], ["y"])],
+        "scale",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3])],
+        [oh.make_tensor("two", onnx.TensorProto.FLOAT, [1], [2.0])],
+    )
+    onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9), path)
+    return path

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from skerry.wire.messages import Rung
+from skerry.wire.messages import Rung, WarmupTensor
 
 
 class SandboxSpec(msgspec.Struct, frozen=True):
@@ -20,6 +20,7 @@ class SandboxSpec(msgspec.Struct, frozen=True):
     socket_dir: Path
     memory_bytes: int
     cpus: float
+    warmup: list[WarmupTensor] = []
     label: str = ""
 
 

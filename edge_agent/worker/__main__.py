@@ -7,7 +7,8 @@ from pathlib import Path
 
 from edge_agent.worker.serve import serve
 from edge_agent.worker.session import LoadFailed, Session
-from skerry.wire import ipc
+from skerry.wire import codec, ipc
+from skerry.wire.messages import WarmupTensor
 
 
 def main() -> None:
@@ -16,13 +17,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="the ONNX file")
     parser.add_argument("--socket", type=Path, required=True, help="where to listen; the directory must be writable")
     parser.add_argument("--threads", type=int, default=1, help="threads for one inference (default: 1)")
+    parser.add_argument("--warmup", default="[]", help="inputs of the warm-up run, JSON: [{name, shape, value}]")
     arguments = parser.parse_args()
     try:
-        session = Session(arguments.model, threads=arguments.threads)
-    except LoadFailed as exc:
+        warmup = codec.decode(arguments.warmup.encode(), list[WarmupTensor])
+        session = Session(arguments.model, threads=arguments.threads, warmup=warmup)
+    except (LoadFailed, codec.Malformed) as exc:
         sys.exit(_failed(str(exc)))
     gc.freeze()  # what loading made lives as long as the process: the collector need not walk it in the middle of a request
-    serve(arguments.socket, session, ipc.Hello(session.inputs, session.outputs, session.provider, session.load_ms))
+    serve(arguments.socket, session, ipc.Hello(session.inputs, session.outputs, session.provider, session.load_ms, session.warm))
 
 
 def _failed(reason: str) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from skerry.wire import ipc, oip
+from skerry.wire.messages import WarmupTensor
 
 PROVIDERS = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 """Fastest first; ONNX Runtime falls back along the list for operators that a provider lacks."""
@@ -27,8 +28,6 @@ DATATYPES = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
-WARMUP_EXTENTS = (1, 32, 64, 320)
-"""Tried in turn for the free extents of a model's inputs: not every network accepts an image one pixel wide."""
 
 
 class LoadFailed(Exception):
@@ -52,7 +51,7 @@ def _signature(nodes: list[Any]) -> list[ipc.TensorSpec]:
 class Session:
     """A loaded model. Construction loads and warms it up, and raises LoadFailed."""
 
-    def __init__(self, model: Path, *, threads: int) -> None:
+    def __init__(self, model: Path, *, threads: int, warmup: list[WarmupTensor]) -> None:
         started = time.perf_counter()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -72,26 +71,28 @@ class Session:
         except Exception as exc:
             raise LoadFailed(f"{model.name}: {str(exc).splitlines()[0][:500]}") from exc
         self.provider: str = self._session.get_providers()[0]
-        self._warm_up()
+        self.warm = False
+        self._warm_up(warmup)
         self.load_ms = (time.perf_counter() - started) * 1000
 
-    def _warm_up(self) -> None:
-        """One run on zeros, so that no caller pays for first-run set-up; raises LoadFailed when the model fails at every size."""
-        failure: Exception | None = None
-        for extent in WARMUP_EXTENTS:
-            feeds = {}
-            for spec in self.inputs:
-                # The first free extent is the batch by convention.
-                shape = [(1 if axis == 0 else extent) if size < 0 else size for axis, size in enumerate(spec.shape)]
-                dtype = object if spec.datatype == "BYTES" else oip.NUMPY_DTYPES[spec.datatype]
-                feeds[spec.name] = np.full(shape, "", dtype=object) if dtype is object else np.zeros(shape, dtype=dtype)
-            try:
-                self._session.run(None, feeds)
-            except Exception as exc:  # noqa: BLE001 - as above: the next size may suit the model
-                failure = exc
-            else:
-                return
-        raise LoadFailed(f"warm-up run failed: {str(failure).splitlines()[0][:500]}") from failure
+    def _warm_up(self, warmup: list[WarmupTensor]) -> None:
+        """One run, so that no caller pays for first-run set-up. Raises LoadFailed when a run that was asked for fails."""
+        by_name = {tensor.name: tensor for tensor in warmup}
+        feeds = {}
+        for spec in self.inputs:
+            # Without a warm-up of its own each free extent is one: not every network takes that, and then there is none.
+            given = by_name.pop(spec.name, WarmupTensor(spec.name, [max(extent, 1) if extent != 0 else 0 for extent in spec.shape]))
+            dtype = object if spec.datatype == "BYTES" else oip.NUMPY_DTYPES[spec.datatype]
+            feeds[spec.name] = np.full(given.shape, "" if dtype is object else given.value, dtype=dtype)
+        if by_name:
+            raise LoadFailed(f"warmup: {sorted(by_name)[0]!r} is not an input of this model, which has {[s.name for s in self.inputs]}")
+        try:
+            self._session.run(None, feeds)
+        except Exception as exc:
+            if warmup:
+                raise LoadFailed(f"warm-up run failed: {str(exc).splitlines()[0][:500]}") from exc
+        else:
+            self.warm = True
 
     def run(self, tensors: list[oip.Tensor], wanted: list[str]) -> list[oip.Tensor]:
         """The outputs named in ``wanted``, all where it is empty. Raises Refused for inputs that the model does not take."""

@@ -23,9 +23,10 @@ def encode(message: object) -> bytes:
 
 def decode(payload: bytes | bytearray | memoryview, kind: type[T], *, max_bytes: int = MAX_MESSAGE_BYTES) -> T:
     """The Struct that ``payload`` holds. Unknown fields are ignored; raises Malformed with the field's path."""
+    label = getattr(kind, "__name__", str(kind))
     if len(payload) > max_bytes:
-        raise Malformed(f"{kind.__name__}: {len(payload)} bytes, at most {max_bytes} are accepted")
+        raise Malformed(f"{label}: {len(payload)} bytes, at most {max_bytes} are accepted")
     try:
         return msgspec.json.decode(payload, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise Malformed(f"{kind.__name__}: {exc}") from exc
+        raise Malformed(f"{label}: {exc}") from exc

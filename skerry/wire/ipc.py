@@ -35,6 +35,7 @@ class Hello(msgspec.Struct, frozen=True):
     outputs: list[TensorSpec] = []
     provider: str = ""
     load_ms: float = 0.0
+    warm: bool = False
 
 
 class TensorHead(msgspec.Struct, frozen=True):

@@ -49,6 +49,14 @@ class Birth(msgspec.Struct, frozen=True):
     desired_generation: int = 0
 
 
+class WarmupTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One input of the run that a worker makes before it says that it is ready, filled with ``value``."""
+
+    name: str
+    shape: list[int]
+    value: float = 0.0
+
+
 class ModelRef(msgspec.Struct, frozen=True):
     """A model version pinned by content."""
 
@@ -56,7 +64,7 @@ class ModelRef(msgspec.Struct, frozen=True):
     version: int
     sha256: str
     size_bytes: int
-    source: str = "model.onnx"
+    warmup: list[WarmupTensor] = []
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True):

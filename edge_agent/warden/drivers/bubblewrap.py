@@ -122,6 +122,7 @@ class BubblewrapDriver:
             *("--remount-ro", "/", "--json-status-fd", str(status_fd), "--"),
             *(sys.executable, "-m", "edge_agent.worker", "--model", "/model/model.onnx"),
             *("--socket", "/run/skerry/worker.sock", "--threads", str(threads)),
+            *("--warmup", msgspec.json.encode(spec.warmup).decode()),
         ]
 
     async def probe(self) -> str:

@@ -114,8 +114,8 @@ class BubblewrapDriver:
         return [
             str(self._bwrap),
             *("--unshare-all", "--clearenv", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"),
-            *_system_mounts(),
             *("--proc", "/proc", "--dev", "/dev", "--size", str(TMP_MAX_BYTES), "--tmpfs", "/tmp"),  # noqa: S108 - the sandbox's own
+            *_system_mounts(),  # after /tmp: an installation may lie below it
             *("--ro-bind", str(spec.model), "/model/model.onnx", "--bind", str(spec.socket_dir), "/run/skerry"),
             *("--setenv", "PYTHONPATH", str(Path(__file__).resolve().parents[3]), "--setenv", "PYTHONDONTWRITEBYTECODE", "1"),
             *("--setenv", "OMP_NUM_THREADS", str(threads), "--setenv", "HOME", "/tmp", "--chdir", "/"),  # noqa: S108

@@ -78,7 +78,25 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     cpus: float
     gpu_memory_bytes: int = 0
     isolation_at_least: Rung = "process"
-    deadline_ms: int = 1000
+
+
+class Upstream(msgspec.Struct, frozen=True):
+    """Another box's gateway that may answer for a deployment."""
+
+    node: str
+    url: str
+    tier: Tier
+
+
+class RouteSpec(msgspec.Struct, frozen=True):
+    """How requests for one deployment are answered on a box; changing it restarts nothing."""
+
+    deployment: str
+    model: str
+    version: int
+    deadline_ms: int
+    split: SplitMode = "overflow"
+    upstreams: list[Upstream] = []
 
 
 class Desired(msgspec.Struct, frozen=True):
@@ -89,6 +107,7 @@ class Desired(msgspec.Struct, frozen=True):
     generation: int
     issued_at_ms: int
     replicas: list[ReplicaSpec] = []
+    routes: list[RouteSpec] = []
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
@@ -100,6 +119,7 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     phase: Phase
     reason: str = ""
     sha256: str = ""
+    provider: str = ""
     driver: str = ""
     rung: Rung | None = None
     restarts: int = 0
@@ -125,14 +145,26 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class EventBatch(msgspec.Struct, frozen=True):
-    """Events in order of ``seq``; ``lost`` counts those the outbox had to drop before the first of these."""
+    """Events in order of ``seq``. ``lost`` counts those that the outbox ever had to drop, ``oldest`` is the first that it holds:
+    what is missing below will never come."""
 
     events: list[Event]
     lost: int = 0
+    oldest: int = 0
+
+
+class Ack(msgspec.Struct, frozen=True):
+    """The coordinator's word that every event of ``epoch`` up to ``events_seq`` stands in its database."""
+
+    epoch: str
+    events_seq: int
 
 
 class ServeSample(msgspec.Struct, frozen=True):
-    """One deployment's requests on one box in one sampling interval; latencies in milliseconds."""
+    """One deployment's requests on one box in one sampling interval.
+
+    ``latency`` counts answers by bucket (skerry.wire.latency), so that quantiles can be taken over boxes and time.
+    """
 
     deployment: str
     edge: int = 0
@@ -141,8 +173,7 @@ class ServeSample(msgspec.Struct, frozen=True):
     refused: int = 0
     failed: int = 0
     late: int = 0
-    p50_ms: float = 0.0
-    p99_ms: float = 0.0
+    latency: dict[int, int] = {}
 
 
 class GpuSample(msgspec.Struct, frozen=True):
@@ -168,10 +199,11 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class MetricsBatch(msgspec.Struct, frozen=True):
-    """Readings in order; ``lost`` counts those dropped before the first of these."""
+    """Readings in order; ``lost`` and ``oldest`` as in EventBatch."""
 
     samples: list[Sample]
     lost: int = 0
+    oldest: int = 0
 
 
-MESSAGES: tuple[type[msgspec.Struct], ...] = (Presence, Birth, Desired, Reported, EventBatch, MetricsBatch)
+MESSAGES: tuple[type[msgspec.Struct], ...] = (Presence, Birth, Desired, Reported, EventBatch, MetricsBatch, Ack)

@@ -40,6 +40,25 @@ def key_id_of(key: Ed25519PublicKey) -> str:
     return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]
 
 
+def public_key_line(key: Ed25519PublicKey) -> str:
+    """A public key as one line of a file of trusted keys: base64 of its 32 bytes."""
+    return base64.b64encode(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).decode()
+
+
+def parse_public_keys(text: str) -> list[Ed25519PublicKey]:
+    """The keys in a file of trusted keys, one a line, ``#`` starts a comment. Raises ValueError with the line's number."""
+    keys = []
+    for number, line in enumerate(text.splitlines(), 1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        try:
+            keys.append(Ed25519PublicKey.from_public_bytes(base64.b64decode(content, validate=True)))
+        except (binascii.Error, ValueError) as exc:
+            raise ValueError(f"line {number}: not the base64 of a 32-byte Ed25519 public key") from exc
+    return keys
+
+
 def sign(document: object, key: Ed25519PrivateKey, *, context: bytes) -> bytes:
     """The envelope's bytes, ready to publish."""
     payload = codec.encode(document)

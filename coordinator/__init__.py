@@ -1,0 +1,1 @@
+"""One per fleet: registry, planner, model store, signing key, API and console."""

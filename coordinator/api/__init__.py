@@ -1,0 +1,1 @@
+"""HTTP: the REST API, its OpenAPI document, and who may call it."""

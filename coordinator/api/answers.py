@@ -1,0 +1,72 @@
+"""Answers of one shape: JSON from Structs, and every error as ProblemBody."""
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from coordinator.core.deployment import DeploymentError
+from coordinator.model_store import NotTaken
+from coordinator.registry.database import RegistryFailed
+from coordinator.registry.models import Exists
+from skerry.runtime import log
+from skerry.wire import codec
+from skerry.wire.api import Problem, ProblemBody
+
+logger = log.get("coordinator.api")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Refused(Exception):
+    """A request that is not carried out."""
+
+    def __init__(self, status: int, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.status = status
+        self.problem = problem
+
+
+def json_answer(value: object, *, status: int = 200) -> web.Response:
+    """A Struct, or a list of them, as JSON."""
+    return web.Response(body=codec.encode(value), status=status, content_type="application/json")
+
+
+def refuse(status: int, code: str, message: str, *, field: str = "", hint: str = "") -> Refused:
+    """An error to raise."""
+    return Refused(status, Problem(code, message, field=field, hint=hint))
+
+
+def _problem_of(exc: Exception) -> tuple[int, Problem]:
+    match exc:
+        case Refused():
+            return exc.status, exc.problem
+        case DeploymentError():
+            return 422, Problem("invalid_deployment", str(exc), field=exc.field, line=exc.line)
+        case NotTaken():
+            return 507 if exc.code == "disk" else 413 if exc.code == "too_large" else 422, Problem(exc.code, str(exc))
+        case Exists():
+            return 409, Problem("version_exists", str(exc))
+        case RegistryFailed():
+            return 503, Problem("registry_unavailable", str(exc), hint="nothing was changed; try again once the disk has room")
+        case web.HTTPRequestEntityTooLarge():
+            return 413, Problem("too_large", "the body is larger than this call takes")
+        case web.HTTPNotFound():
+            return 404, Problem("not_found", "there is nothing at this path", hint="GET /openapi.json lists every call")
+        case web.HTTPMethodNotAllowed():
+            return 405, Problem("method_not_allowed", f"use {', '.join(sorted(exc.allowed_methods))}")
+        case _:
+            raise exc
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn what handlers raise into ProblemBody, for the API; pages make their own."""
+    try:
+        return await handler(request)
+    except web.HTTPRedirection:
+        raise
+    except Exception as exc:  # noqa: BLE001 - what is not known is raised again there
+        status, problem = _problem_of(exc)
+        if status >= 500:
+            logger.error("request.failed", path=request.path, code=problem.code, reason=problem.message)
+        return json_answer(ProblemBody(problem), status=status)

@@ -1,0 +1,269 @@
+"""The REST API's calls. Each is listed once, in CALLS; the router and the OpenAPI document are both made from that list."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from sqlite_utils import Database as Tables
+
+from coordinator.api.access import LINK_S, Access, Role
+from coordinator.api.answers import json_answer, refuse
+from coordinator.core import deployment as deployment_file
+from coordinator.model_store import ModelStore
+from coordinator.news import News
+from coordinator.registry import deployments, events, models
+from coordinator.registry.database import Database
+from coordinator.views import Views
+from skerry.wire import codec, topics
+from skerry.wire.api import (
+    Accepted,
+    DeploymentView,
+    EventView,
+    LoadView,
+    LoginLink,
+    ModelView,
+    NodeView,
+    Pushed,
+    SplitView,
+    StatusView,
+)
+from skerry.wire.messages import ModelRef, WarmupTensor
+
+CHUNK_BYTES = 1 << 20
+STREAM_IDLE_S = 15.0
+STREAM_PAUSE_S = 0.5
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One call: where, who may, what it takes and gives."""
+
+    method: str
+    path: str
+    handler: str
+    summary: str
+    answer: Any
+    status: int = 200
+    roles: tuple[Role, ...] = ("operator",)
+    body: str = ""
+    query: dict[str, str] = {}
+
+
+CALLS = [
+    Call("GET", "/v1/status", "status", "The fleet at a glance", StatusView),
+    Call("GET", "/v1/nodes", "list_nodes", "Every box", list[NodeView]),
+    Call("GET", "/v1/nodes/{id}", "show_node", "One box", NodeView),
+    Call("GET", "/v1/nodes/{id}/load", "show_load", "A box's load over time", LoadView, query={"minutes": "1 to 2880, default 15"}),
+    Call("GET", "/v1/models", "list_models", "Every model version", list[ModelView]),
+    Call(
+        "PUT", "/v1/models/{name}/versions/{version}", "push_model", "Push a model version", Pushed, 201, body="application/octet-stream",
+        query={"sha256": "the file's digest, checked", "warmup": "inputs of the warm-up run: JSON, [{name, shape, value}]"},
+    ),
+    Call("GET", "/v1/artifacts/{sha256}", "fetch_artifact", "A model's bytes; ranges are served", bytes, roles=("operator", "box")),
+    Call("GET", "/v1/deployments", "list_deployments", "Every deployment", list[DeploymentView]),
+    Call(
+        "POST", "/v1/deployments", "deploy", "Create or change a deployment: the file as its owner wrote it", Accepted, 202,
+        body="application/yaml",
+    ),
+    Call("GET", "/v1/deployments/{name}", "show_deployment", "One deployment", DeploymentView),
+    Call("DELETE", "/v1/deployments/{name}", "delete_deployment", "Remove a deployment from every box", Accepted, 202),
+    Call(
+        "GET", "/v1/split", "show_split", "Who answered over time", SplitView,
+        query={"minutes": "1 to 2880, default 15", "deployment": "only this one's", "node": "only this one's"},
+    ),
+    Call(
+        "GET", "/v1/events", "list_events", "The newest events, newest first", list[EventView],
+        query={"node": "only this one's", "subject": "only about this", "after": "an id", "limit": "1 to 1000, default 200"},
+    ),
+    Call("GET", "/v1/stream", "stream", "Server-sent events that name what changed", str),
+    Call("POST", "/v1/login-links", "make_login_link", "A link that logs one browser in, once", LoginLink, 201),
+]  # fmt: skip
+
+
+class Calls:
+    """The handlers of CALLS."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        views: Views,
+        store: ModelStore,
+        news: News,
+        access: Access,
+        replan: Callable[[], None],
+        is_connected: Callable[[], bool],
+        public_url: str,
+    ) -> None:
+        self._database = database
+        self._views = views
+        self._store = store
+        self._news = news
+        self._access = access
+        self._replan = replan
+        self._is_connected = is_connected
+        self._public_url = public_url.rstrip("/")
+
+    def handler(self, call: Call) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """The call's method, behind the check of who calls."""
+        method: Callable[[web.Request], Awaitable[web.StreamResponse]] = getattr(self, call.handler)
+
+        async def checked(request: web.Request) -> web.StreamResponse:
+            role = self._access.role_of(request)
+            if role is None:
+                raise refuse(401, "not_logged_in", "a token is needed", hint="set SKERRY_TOKEN, or run 'skerry login'")
+            if role not in call.roles:
+                raise refuse(403, "not_allowed", f"this call is for {' or '.join(call.roles)}, the token is a {role}'s")
+            return await method(request)
+
+        return checked
+
+    async def status(self, _: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._views.status(broker_connected=self._is_connected()))
+
+    async def list_nodes(self, _: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._views.nodes())
+
+    async def show_node(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        node = await self._views.node(request.match_info["id"])
+        if node is None:
+            raise _unknown("node", request.match_info["id"], "skerry node list")
+        return json_answer(node)
+
+    async def show_load(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._views.load(request.match_info["id"], minutes=_number(request, "minutes", 15, most=2880)))
+
+    async def list_models(self, _: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._views.models())
+
+    async def push_model(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name, version = request.match_info["name"], request.match_info["version"]
+        if not topics.is_name(name):
+            raise refuse(422, "invalid_name", f"{name[:80]!r} is not a name: letters, digits, '_' and '-', at most 63", field="name")
+        if not (version.isascii() and version.isdigit() and 0 < len(version) <= 9 and int(version)):
+            raise refuse(422, "invalid_version", f"{version[:40]!r} is not a version: a whole number from 1", field="version")
+        try:
+            warmup = codec.decode(request.query.get("warmup", "[]").encode(), list[WarmupTensor])
+        except codec.Malformed as exc:
+            raise refuse(422, "invalid_warmup", str(exc), field="warmup") from exc
+        sha256, size = await self._store.receive(
+            _chunks(request), expected_sha256=request.query.get("sha256", "").lower(), expected_bytes=request.content_length
+        )
+        ref = ModelRef(name, int(version), sha256, size, warmup)
+        now_ms = time.time_ns() // 1_000_000
+        is_new = await self._database.write(lambda tables: models.save_model(tables, ref, now_ms))
+        self._replan()
+        return json_answer(Pushed(name, int(version), sha256, size, is_new), status=201 if is_new else 200)
+
+    async def fetch_artifact(self, request: web.Request) -> web.StreamResponse:
+        """See CALLS."""
+        path = self._store.path(request.match_info["sha256"])
+        if path is None:
+            raise _unknown("artifact", request.match_info["sha256"], "skerry model list")
+        return web.FileResponse(path, chunk_size=CHUNK_BYTES)
+
+    async def list_deployments(self, _: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._views.deployments())
+
+    async def deploy(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        body = await request.content.read(deployment_file.MAX_TEXT_BYTES + 1)
+        try:
+            text = body.decode()
+        except UnicodeDecodeError as exc:
+            raise refuse(422, "invalid_deployment", f"the file is not UTF-8 (byte {exc.start})") from exc
+        spec = deployment_file.parse(text)
+        if await self._database.read(lambda tables: models.read_model(tables, spec.model, spec.version)) is None:
+            held = [f"{m.name}:{m.version}" for m in await self._views.models()]
+            raise refuse(
+                422, "unknown_model", f"model: {spec.model}:{spec.version} is not in the model store", field="model",
+                hint=f"push it with 'skerry model push'; the store has {', '.join(held) or 'no model yet'}",
+            )  # fmt: skip
+        now_ms = time.time_ns() // 1_000_000
+
+        def work(tables: Tables) -> int:
+            generation = deployments.save_deployment(tables, spec.name, text, now_ms)
+            events.add_own_event(tables, "", "deployment.accepted", spec.name, f"generation {generation}", now_ms)
+            return generation
+
+        generation = await self._database.write(work)
+        self._news.tell("events", "deployments")
+        self._replan()
+        return json_answer(Accepted(spec.name, generation, spec.warnings), status=202)
+
+    async def show_deployment(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        view = await self._views.deployment(request.match_info["name"])
+        if view is None:
+            raise _unknown("deployment", request.match_info["name"], "skerry deployment list")
+        return json_answer(view)
+
+    async def delete_deployment(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name = request.match_info["name"]
+        now_ms = time.time_ns() // 1_000_000
+
+        def work(tables: Tables) -> bool:
+            existed = deployments.delete_deployment(tables, name)
+            if existed:
+                events.add_own_event(tables, "", "deployment.deleted", name, "", now_ms)
+            return existed
+
+        if not await self._database.write(work):
+            raise _unknown("deployment", name, "skerry deployment list")
+        self._replan()
+        return json_answer(Accepted(name, 0), status=202)
+
+    async def show_split(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        minutes = _number(request, "minutes", 15, most=2880)
+        return json_answer(
+            await self._views.split(minutes=minutes, deployment=request.query.get("deployment", ""), node=request.query.get("node", ""))
+        )
+
+    async def list_events(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        limit, after = _number(request, "limit", 200, most=1000), _number(request, "after", 0, least=0, most=2**53)
+        query = request.query
+        return json_answer(await self._views.events(node=query.get("node", ""), subject=query.get("subject", ""), after=after, limit=limit))
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """See CALLS. WHATWG HTML 9.2: named events, a comment when nothing happens so that both ends notice a dead link."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            await response.write(b"retry: 2000\nevent: hello\ndata: {}\n\n")
+            async for changed in self._news.follow(pause_s=STREAM_PAUSE_S, idle_s=STREAM_IDLE_S):
+                text = "".join(f"event: {topic}\ndata: {{}}\n\n" for topic in changed) or ": still here\n\n"
+                await response.write(text.encode())
+        return response
+
+    async def make_login_link(self, _: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(LoginLink(f"{self._public_url}/login?code={self._access.make_link()}", LINK_S), status=201)
+
+
+def _unknown(kind: str, name: str, hint: str) -> Exception:
+    return refuse(404, f"unknown_{kind}", f"there is no {kind} {name[:80]!r}", hint=f"see '{hint}'")
+
+
+def _number(request: web.Request, name: str, default: int, *, least: int = 1, most: int) -> int:
+    text = request.query.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 17 and least <= int(text) <= most):
+        raise refuse(400, "invalid_query", f"{name}: {text[:40]!r} is not a number from {least} to {most}", field=name)
+    return int(text)
+
+
+async def _chunks(request: web.Request) -> AsyncIterator[bytes]:
+    async for chunk in request.content.iter_chunked(CHUNK_BYTES):
+        yield chunk

@@ -1,0 +1,47 @@
+"""The OpenAPI 3.1 document, made from the same list of calls as the router."""
+
+import re
+from typing import Any
+
+import msgspec
+
+from coordinator.api.calls import CALLS, Call
+from skerry import __version__
+from skerry.wire.api import ProblemBody
+
+
+def document() -> dict[str, Any]:
+    """The whole document."""
+    kinds = [call.answer for call in CALLS if call.answer not in (bytes, str)]
+    schemas, components = msgspec.json.schema_components([*kinds, ProblemBody], ref_template="#/components/schemas/{name}")
+    by_kind = dict(zip([str(kind) for kind in [*kinds, ProblemBody]], schemas, strict=True))
+    paths: dict[str, Any] = {}
+    for call in CALLS:
+        paths.setdefault(call.path, {})[call.method.lower()] = _operation(call, by_kind)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Skerry coordinator", "version": __version__, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},
+        "security": [{"token": []}],
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _operation(call: Call, by_kind: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    media = {bytes: "application/octet-stream", str: "text/event-stream"}.get(call.answer, "application/json")
+    schema = {bytes: {"type": "string", "format": "binary"}, str: {"type": "string"}}.get(call.answer) or by_kind[str(call.answer)]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"\{(\w+)\}", call.path)
+    ] + [{"name": name, "in": "query", "description": text, "schema": {"type": "string"}} for name, text in call.query.items()]
+    operation: dict[str, Any] = {
+        "operationId": call.handler,
+        "summary": call.summary,
+        "parameters": parameters,
+        "responses": {
+            str(call.status): {"description": "as asked", "content": {media: {"schema": schema}}},
+            "default": {"description": "a problem", "content": {"application/json": {"schema": by_kind[str(ProblemBody)]}}},
+        },
+    }
+    if call.body:
+        operation["requestBody"] = {"required": True, "content": {call.body: {"schema": {"type": "string"}}}}
+    return operation

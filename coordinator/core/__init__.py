@@ -1,0 +1,1 @@
+"""The coordinator's decisions: pure functions of state and time."""

@@ -1,0 +1,255 @@
+"""A deployment as its owner writes it, in YAML or JSON: parsed once, and every mistake named by key and line. Pure."""
+
+from typing import Annotated, Any
+
+import msgspec
+import yaml
+
+from skerry.wire import topics, units
+from skerry.wire.messages import Rung, SplitMode, Tier
+
+MAX_TEXT_BYTES = 64 * 1024
+MAX_NAME = 48
+"""Leaves room for a replica's number in 63 characters."""
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+
+class DeploymentError(ValueError):
+    """A deployment that can't be taken; ``field`` is the key's path, ``line`` where it stands (0 unknown)."""
+
+    def __init__(self, message: str, *, field: str = "", line: int = 0) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
+        self.line = line
+
+
+class Replicas(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Either so many on each matching box, or so many in all."""
+
+    per_node: Positive | None = None
+    count: Positive | None = None
+
+
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which boxes. Label values may be shell-style patterns."""
+
+    labels: dict[str, str] = {}
+    tier: list[Tier] = msgspec.field(default_factory=lambda: ["edge"])
+    accelerator: str = "any"
+
+
+class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one replica may use."""
+
+    memory: str | int = "512MiB"
+    cpus: Annotated[float, msgspec.Meta(gt=0, le=1024)] = 1.0
+    gpu_memory: str | int = 0
+
+
+class Isolation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The weakest sandbox that will do."""
+
+    at_least: Rung = "process"
+
+
+class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What callers are promised."""
+
+    deadline_ms: Annotated[int, msgspec.Meta(ge=1, le=3_600_000)] = 1000
+    target: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.99
+
+
+class CloudBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much the cloud may answer."""
+
+    requests_per_hour: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How work is divided between edge and cloud."""
+
+    mode: SplitMode = "overflow"
+    cloud_budget: CloudBudget | None = None
+
+
+class Disconnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What becomes of a box that is silent."""
+
+    lost_after: str = "60s"
+    replace: bool = False
+    reconcile: str = "keep_original"
+    stop_on_box_after: str = "never"
+
+
+class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a change spreads."""
+
+    waves: list[int | str] = msgspec.field(default_factory=lambda: ["100%"])
+    success: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
+    observe: str = "2m"
+
+
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole deployment file."""
+
+    name: str
+    model: str
+    replicas: Replicas = Replicas(per_node=1)
+    place: Place = Place()
+    resources: Resources = Resources()
+    isolation: Isolation = Isolation()
+    slo: Slo = Slo()
+    split: Split = Split()
+    disconnect: Disconnect | None = None
+    rollout: Rollout | None = None
+
+
+class Deployment(msgspec.Struct, frozen=True):
+    """A checked deployment; sizes in bytes, the model by name and version."""
+
+    name: str
+    model: str
+    version: int
+    replicas: Replicas
+    labels: dict[str, str]
+    tiers: list[Tier]
+    accelerator: str
+    memory_bytes: int
+    cpus: float
+    gpu_memory_bytes: int
+    isolation_at_least: Rung
+    deadline_ms: int
+    target: float
+    split: SplitMode
+    warnings: list[str] = []
+
+
+def parse(text: str) -> Deployment:
+    """The deployment in ``text``. Raises DeploymentError."""
+    if len(text.encode()) > MAX_TEXT_BYTES:
+        raise DeploymentError(f"the file has more than {MAX_TEXT_BYTES} bytes")
+    value, lines = _read_yaml(text)
+    try:
+        spec = msgspec.convert(value, Spec)
+    except msgspec.ValidationError as exc:
+        message, field = _split_path(str(exc))
+        raise DeploymentError(message, field=field, line=_line_of(lines, field)) from exc
+    try:
+        return _checked(spec)
+    except DeploymentError as exc:
+        exc.line = _line_of(lines, exc.field)
+        raise
+
+
+def _read_yaml(text: str) -> tuple[Any, dict[str, int]]:
+    """The value, and the line of each key's path. Aliases are refused: they are how a short file becomes a huge one."""
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise DeploymentError("aliases are not accepted", line=event.start_mark.line + 1 if event.start_mark else 0)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as exc:
+        line = exc.problem_mark.line + 1 if exc.problem_mark else 0
+        raise DeploymentError(f"not YAML: {exc.problem or 'unreadable'}", line=line) from exc
+    except (yaml.YAMLError, RecursionError, ValueError) as exc:
+        if isinstance(exc, DeploymentError):
+            raise
+        raise DeploymentError(f"not YAML: {str(exc)[:200]}") from exc
+    if not isinstance(value, dict):
+        raise DeploymentError("expected a mapping with the keys name and model", line=1)
+    lines: dict[str, int] = {}
+    _note_lines(node, "", lines)
+    return value, lines
+
+
+def _note_lines(node: Any, path: str, lines: dict[str, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = f"{path}.{key.value}" if path else str(key.value)
+            if below in lines:
+                raise DeploymentError("the key is given twice", field=below, line=key.start_mark.line + 1)
+            lines[below] = key.start_mark.line + 1
+            _note_lines(value, below, lines)
+
+
+def _split_path(message: str) -> tuple[str, str]:
+    """msgspec's message and the key's path in it: ``... - at `$.a.b` `` and ``unknown field `c` ``."""
+    text, _, path = message.partition(" - at `$")
+    field = path.rstrip("`").lstrip(".")
+    if text.startswith("Object contains unknown field `"):
+        key = text.split("`")[1]
+        return "unknown key", f"{field}.{key}" if field else key
+    if text.startswith("Object missing required field `"):
+        key = text.split("`")[1]
+        return "is required", f"{field}.{key}" if field else key
+    return text[:1].lower() + text[1:], field
+
+
+def _line_of(lines: dict[str, int], field: str) -> int:
+    """The line of a key, else of the nearest key above it."""
+    path = field.replace("[...]", "").split("[")[0]
+    while path:
+        if path in lines:
+            return lines[path]
+        path = path.rpartition(".")[0]
+    return 0
+
+
+def _size(value: str | int, field: str) -> int:
+    try:
+        return units.parse_bytes(value)
+    except ValueError as exc:
+        raise DeploymentError(str(exc), field=field) from exc
+
+
+def _checked(spec: Spec) -> Deployment:
+    if not topics.is_name(spec.name) or len(spec.name) > MAX_NAME:
+        raise DeploymentError(f"{spec.name[:80]!r} is not a name: letters, digits, '_' and '-', at most {MAX_NAME}", field="name")
+    model, separator, version = spec.model.rpartition(":")
+    if (
+        not separator
+        or not topics.is_name(model)
+        or not (version.isascii() and version.isdigit() and 0 < len(version) <= 9 and int(version))
+    ):
+        raise DeploymentError(f"{spec.model[:80]!r} is not name:version, such as shelf-detector:3", field="model")
+    if (spec.replicas.per_node is None) == (spec.replicas.count is None):
+        raise DeploymentError("give either per_node or count", field="replicas")
+    if not spec.place.tier:
+        raise DeploymentError("names no tier; give edge, cloud or both", field="place.tier")
+    if spec.place.accelerator not in ("any", "gpu", "none"):
+        raise DeploymentError(f"{spec.place.accelerator[:40]!r} is not one of any, gpu, none", field="place.accelerator")
+    memory_bytes = _size(spec.resources.memory, "resources.memory")
+    if memory_bytes < 64 * 2**20:
+        raise DeploymentError("a worker needs 64MiB at the least", field="resources.memory")
+    for field, text in (
+        ("disconnect.lost_after", spec.disconnect and spec.disconnect.lost_after),
+        ("rollout.observe", spec.rollout and spec.rollout.observe),
+    ):
+        if text:
+            try:
+                units.parse_duration_ms(text)
+            except ValueError as exc:
+                raise DeploymentError(str(exc), field=field) from exc
+    return Deployment(
+        name=spec.name,
+        model=model,
+        version=int(version),
+        replicas=spec.replicas,
+        labels=spec.place.labels,
+        tiers=spec.place.tier,
+        accelerator=spec.place.accelerator,
+        memory_bytes=memory_bytes,
+        cpus=spec.resources.cpus,
+        gpu_memory_bytes=_size(spec.resources.gpu_memory, "resources.gpu_memory"),
+        isolation_at_least=spec.isolation.at_least,
+        deadline_ms=spec.slo.deadline_ms,
+        target=spec.slo.target,
+        split=spec.split.mode,
+        warnings=[
+            f"{key}: kept with the deployment, but this version does not act on it yet"
+            for key, given in (("disconnect", spec.disconnect), ("rollout", spec.rollout), ("split.cloud_budget", spec.split.cloud_budget))
+            if given is not None
+        ],
+    )

@@ -1,0 +1,256 @@
+"""Which box runs what, and why. Pure: the same fleet and deployments give the same plan, with a reason for every yes and no.
+
+Deployments are placed in order of age, and what already runs somewhere stays there as long as it may. A silent box keeps
+its replicas: from here a crash can't be told from a cut link.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from coordinator.core.deployment import Deployment
+from skerry.wire.messages import RUNGS, ModelRef, ReplicaSpec, RouteSpec, Rung, Tier, Upstream
+from skerry.wire.units import format_bytes
+
+USABLE_SHARE = 0.8
+"""Of a box's memory; the rest is the system's and ours."""
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A box as the planner sees it."""
+
+    id: str
+    tier: Tier
+    labels: dict[str, str]
+    gateway_url: str
+    online: bool
+    memory_bytes: int
+    gpu_memory_bytes: int
+    rungs: list[Rung]
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """A deployment with its generation and its model, None where the store has no such version."""
+
+    spec: Deployment
+    generation: int
+    model: ModelRef | None
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """A replica on a box, and why there."""
+
+    node: str
+    replica: str
+    reason: str
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A box that does not run the deployment, and why not."""
+
+    node: str
+    reason: str
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of one deployment; ``wanted`` counts replicas, those that found no place included."""
+
+    wanted: int
+    placements: list[Placement] = []
+    refusals: list[Refusal] = []
+    problem: str = ""
+
+
+class BoxPlan(msgspec.Struct, frozen=True):
+    """What one box shall do."""
+
+    replicas: list[ReplicaSpec] = []
+    routes: list[RouteSpec] = []
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """The whole fleet's plan, boxes and deployments by name."""
+
+    boxes: dict[str, BoxPlan]
+    outcomes: dict[str, Outcome]
+
+
+class _Free:
+    """What is left on a box while the plan is made."""
+
+    def __init__(self, node: Node) -> None:
+        self.usable_bytes = int(node.memory_bytes * USABLE_SHARE)
+        self.memory_bytes = self.usable_bytes
+        self.gpu_memory_bytes = node.gpu_memory_bytes
+
+    def room_for(self, spec: Deployment) -> int:
+        """How many replicas fit."""
+        by_memory = self.memory_bytes // spec.memory_bytes
+        return min(by_memory, self.gpu_memory_bytes // spec.gpu_memory_bytes) if spec.gpu_memory_bytes else by_memory
+
+    def take(self, spec: Deployment) -> None:
+        self.memory_bytes -= spec.memory_bytes
+        self.gpu_memory_bytes -= spec.gpu_memory_bytes
+
+
+def label_mismatch(node: Node, labels: Mapping[str, str]) -> str:
+    """Why a box is not selected; empty where it is. A cloud box need not carry the labels of sites, only must not contradict them."""
+    for key, pattern in sorted(labels.items()):
+        value = node.labels.get(key)
+        if value is None:
+            if node.tier == "cloud":
+                continue
+            return f"has no label {key!r}, {pattern!r} is asked for"
+        if not fnmatchcase(value, pattern):
+            return f"label {key}={value} does not match {pattern!r}"
+    return ""
+
+
+def unfit(node: Node, spec: Deployment) -> str:
+    """Why a box can't run a deployment whatever else it runs; empty where it can."""
+    if node.tier not in spec.tiers:
+        return f"tier {node.tier} is not among {', '.join(spec.tiers)}"
+    mismatch = label_mismatch(node, spec.labels)
+    if mismatch:
+        return mismatch
+    if spec.accelerator == "gpu" and not node.gpu_memory_bytes:
+        return "has no GPU, accelerator: gpu is asked for"
+    if spec.accelerator == "none" and node.gpu_memory_bytes:
+        return "has a GPU, accelerator: none is asked for"
+    if not node.rungs:
+        return "has not said yet which sandboxes it offers"
+    if max(RUNGS.index(rung) for rung in node.rungs) < RUNGS.index(spec.isolation_at_least):
+        return f"isolation.at_least: {spec.isolation_at_least} is asked for, offers {', '.join(node.rungs)}"
+    return ""
+
+
+def _no_room(free: _Free, spec: Deployment) -> str:
+    if free.memory_bytes < spec.memory_bytes:
+        return (
+            f"needs {format_bytes(spec.memory_bytes)} of memory, "
+            f"{format_bytes(max(0, free.memory_bytes))} of {format_bytes(free.usable_bytes)} are free"
+        )
+    return f"needs {format_bytes(spec.gpu_memory_bytes)} of GPU memory, {format_bytes(max(0, free.gpu_memory_bytes))} are free"
+
+
+def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, BoxPlan]) -> Plan:
+    """The plan for all boxes. ``wanted`` in order of age; ``before`` is what each box was last told to do."""
+    ordered = sorted(nodes, key=lambda node: node.id)
+    free = {node.id: _Free(node) for node in ordered}
+    ran = {(node_id, replica.name) for node_id, box in before.items() for replica in box.replicas}
+    by_id = {node.id: node for node in ordered}
+    outcomes: dict[str, Outcome] = {}
+    replicas: dict[str, list[ReplicaSpec]] = {node.id: [] for node in ordered}
+    hosts: dict[str, list[Node]] = {}
+    for want in wanted:
+        outcome = _place(want, ordered, free, ran)
+        outcomes[want.spec.name] = outcome
+        hosts[want.spec.name] = [by_id[node] for node in sorted({placement.node for placement in outcome.placements})]
+        for placement in outcome.placements:
+            old = next((r for r in before.get(placement.node, BoxPlan()).replicas if r.name == placement.replica), None)
+            replicas[placement.node].append(_replica(want, placement.replica, old))
+    boxes = {
+        node.id: BoxPlan(
+            replicas=sorted(replicas[node.id], key=lambda replica: replica.name),
+            routes=[route for want in wanted if (route := _route(want, node, hosts[want.spec.name])) is not None],
+        )
+        for node in ordered
+    }
+    return Plan(boxes, outcomes)
+
+
+def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], ran: set[tuple[str, str]]) -> Outcome:
+    """Find places for one deployment; ``ran`` holds (box, replica) of what runs now."""
+    spec = want.spec
+    asked = spec.replicas.count or 0
+    if want.model is None:
+        problem = f"model {spec.model}:{spec.version} is not in the model store: push it with 'skerry model push'"
+        return Outcome(wanted=asked, problem=problem)
+    refusals = {node.id: reason for node in nodes if (reason := unfit(node, spec))}
+    fitting = [node for node in nodes if node.id not in refusals]
+    if spec.replicas.per_node is not None:
+        asked = spec.replicas.per_node * len(fitting)
+        placements = _place_on_each(spec, spec.replicas.per_node, fitting, free)
+    else:
+        placements = _place_count(spec, asked, fitting, free, ran)
+    used = {placement.node for placement in placements}
+    for node in fitting:
+        if free[node.id].room_for(spec) < 1 and (node.id not in used or spec.replicas.per_node is not None):
+            short = sum(1 for p in placements if p.node == node.id) < (spec.replicas.per_node or 1)
+            if short:
+                refusals[node.id] = _no_room(free[node.id], spec)
+        elif node.id not in used:
+            refusals[node.id] = "not needed: there are enough replicas elsewhere"
+    problem = "" if len(placements) == asked else f"{asked - len(placements)} of {asked} replicas found no box with room"
+    return Outcome(
+        asked, placements, [Refusal(node, reason) for node, reason in sorted(refusals.items())], problem if fitting else "no box fits"
+    )
+
+
+def _place_on_each(spec: Deployment, per_node: int, fitting: Sequence[Node], free: dict[str, _Free]) -> list[Placement]:
+    placements = []
+    for node in fitting:
+        for index in range(min(per_node, free[node.id].room_for(spec))):
+            free[node.id].take(spec)
+            placements.append(Placement(node.id, f"{spec.name}-{index}", _why(node, spec)))
+    return placements
+
+
+def _place_count(
+    spec: Deployment, asked: int, fitting: Sequence[Node], free: dict[str, _Free], ran: set[tuple[str, str]]
+) -> list[Placement]:
+    """Each replica where it ran before if it may, else on the box with the fewest of this deployment and the most room."""
+    placements: list[Placement] = []
+    for index in range(asked):
+        name = f"{spec.name}-{index}"
+        candidates = [node for node in fitting if free[node.id].room_for(spec) >= 1]
+        if not candidates:
+            break
+        used = Counter(placement.node for placement in placements)
+        best = min(candidates, key=lambda n: ((n.id, name) not in ran, used[n.id], not n.online, -free[n.id].memory_bytes, n.id))
+        free[best.id].take(spec)
+        reason = "ran there already" if (best.id, name) in ran else "most room"
+        placements.append(Placement(best.id, name, f"{_why(best, spec)}; {reason}"))
+    return placements
+
+
+def _why(node: Node, spec: Deployment) -> str:
+    labels = ", ".join(f"{key}={node.labels[key]}" for key in sorted(spec.labels) if key in node.labels)
+    return f"tier {node.tier}" + (f", {labels}" if labels else "")
+
+
+def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
+    """The replica's specification; its generation moves only when something else in it does, so that nothing restarts for nothing."""
+    assert want.model is not None  # noqa: S101 - for the type checker
+    spec = want.spec
+    new = ReplicaSpec(
+        name=name,
+        deployment=spec.name,
+        generation=want.generation,
+        model=want.model,
+        memory_bytes=spec.memory_bytes,
+        cpus=spec.cpus,
+        gpu_memory_bytes=spec.gpu_memory_bytes,
+        isolation_at_least=spec.isolation_at_least,
+    )
+    if old is not None and msgspec.structs.replace(old, generation=new.generation) == new:
+        return old
+    return new
+
+
+def _route(want: Wanted, node: Node, hosts: Sequence[Node]) -> RouteSpec | None:
+    """How ``node`` serves a deployment, or None where it does not. A selected box without a replica passes requests on."""
+    spec = want.spec
+    if want.model is None or label_mismatch(node, spec.labels):
+        return None
+    upstreams = [Upstream(host.id, host.gateway_url, host.tier) for host in hosts if host.tier == "cloud" and host.id != node.id]
+    runs_here = any(host.id == node.id for host in hosts)
+    if node.tier == "cloud" or spec.split == "edge":
+        upstreams = []
+    if not runs_here and not upstreams:
+        return None
+    return RouteSpec(
+        deployment=spec.name, model=spec.model, version=spec.version, deadline_ms=spec.deadline_ms, split=spec.split, upstreams=upstreams
+    )

@@ -1,0 +1,58 @@
+"""Which numbers of a numbered stream have come: each counted once, whatever was repeated, reordered or lost. Pure."""
+
+import msgspec
+
+MOST_GAPS = 1000
+"""Gaps remembered by stream; over this the oldest is given up as lost."""
+
+
+class Numbering(msgspec.Struct, frozen=True):
+    """Numbers up to ``high`` have come, but for those in ``gaps`` (first, last) and ``lost`` that never will."""
+
+    high: int = 0
+    gaps: tuple[tuple[int, int], ...] = ()
+    lost: int = 0
+
+    @property
+    def missing(self) -> int:
+        """Numbers that may still come."""
+        return sum(last - first + 1 for first, last in self.gaps)
+
+    @property
+    def settled(self) -> int:
+        """The highest number below which nothing is awaited."""
+        return self.gaps[0][0] - 1 if self.gaps else self.high
+
+
+def begun(oldest: int) -> Numbering:
+    """The numbering of a stream that is met for the first time: what lies before its oldest number is not known of."""
+    return Numbering(high=max(0, oldest - 1))
+
+
+def take(numbering: Numbering, seq: int) -> tuple[Numbering, bool]:
+    """The numbering after ``seq`` came, and whether it came for the first time."""
+    if seq > numbering.high:
+        gaps = numbering.gaps
+        if seq > numbering.high + 1:
+            gaps = (*gaps, (numbering.high + 1, seq - 1))
+        lost = numbering.lost
+        if len(gaps) > MOST_GAPS:
+            lost += gaps[0][1] - gaps[0][0] + 1
+            gaps = gaps[1:]
+        return Numbering(seq, gaps, lost), True
+    for index, (first, last) in enumerate(numbering.gaps):
+        if first <= seq <= last:
+            parts = [part for part in ((first, seq - 1), (seq + 1, last)) if part[0] <= part[1]]
+            return Numbering(numbering.high, (*numbering.gaps[:index], *parts, *numbering.gaps[index + 1 :]), numbering.lost), True
+    return numbering, False
+
+
+def give_up(numbering: Numbering, oldest: int) -> Numbering:
+    """The numbering once the sender holds nothing below ``oldest``: gaps below it are lost."""
+    lost, gaps = numbering.lost, []
+    for first, last in numbering.gaps:
+        if first < oldest:
+            lost += min(last, oldest - 1) - first + 1
+        if last >= oldest:
+            gaps.append((max(first, oldest), last))
+    return Numbering(numbering.high, tuple(gaps), lost)

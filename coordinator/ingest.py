@@ -1,0 +1,216 @@
+"""What boxes say, into the registry: many messages in one transaction, each event once, an acknowledgement after the commit."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from sqlite_utils import Database as Tables
+
+from coordinator.core.sequence import Numbering, begun, give_up, take
+from coordinator.live import Live
+from coordinator.news import News
+from coordinator.registry import events, measurements, nodes
+from coordinator.registry.database import Database, RegistryFailed
+from coordinator.registry.measurements import BoxLoad, Served
+from coordinator.session import Message, NotConnected
+from skerry.runtime import lifecycle, log
+from skerry.wire import codec
+from skerry.wire.messages import Ack, Birth, EventBatch, MetricsBatch, Presence, Reported, Sample
+from skerry.wire.topics import Topic
+
+logger = log.get("coordinator.ingest")
+
+KINDS: dict[str, type[msgspec.Struct]] = {
+    "presence": Presence,
+    "birth": Birth,
+    "reported": Reported,
+    "events": EventBatch,
+    "metrics": MetricsBatch,
+}
+BATCH = 500
+FLUSH_S = 2.0
+RETRY_S = 1.0
+
+
+class _Settled(msgspec.Struct):
+    """What one transaction changed."""
+
+    acks: dict[str, Ack] = {}
+    topics: set[str] = set()
+    replan: bool = False
+
+
+class Ingest:
+    """``ack`` sends a box the word that its events are safe; ``replan`` asks the planner to look again."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        live: Live,
+        news: News,
+        ack: Callable[[str, Ack], Awaitable[None]],
+        replan: Callable[[], None],
+        rollup_s: int,
+    ) -> None:
+        self._database = database
+        self._live = live
+        self._news = news
+        self._ack = ack
+        self._replan = replan
+        self._rollup_s = rollup_s
+        self._numberings: dict[tuple[str, str], Numbering] = {}
+        self._dropped: dict[tuple[str, str], int] = {}
+        self._served: dict[tuple[str, int, str], Served] = {}
+        self._loads: dict[tuple[str, int], BoxLoad] = {}
+        self.malformed = 0
+
+    async def run(self, queue: "asyncio.Queue[Message]", stop: asyncio.Event) -> None:
+        """Take messages until ``stop`` is set."""
+        flusher = asyncio.create_task(self._flush_loop(stop), name="coordinator.ingest.flush")
+        stopping = asyncio.create_task(stop.wait(), name="coordinator.ingest.stop")
+        try:
+            while not stop.is_set():
+                getting = asyncio.create_task(queue.get(), name="coordinator.ingest.get")
+                await asyncio.wait([getting, stopping], return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    getting.cancel()
+                    break
+                batch = [getting.result()]
+                while len(batch) < BATCH and not queue.empty():
+                    batch.append(queue.get_nowait())
+                await self._take(batch, stop)
+        finally:
+            stopping.cancel()
+            flusher.cancel()
+            await asyncio.gather(flusher, stopping, return_exceptions=True)
+            await self.flush()
+
+    async def _take(self, batch: list[Message], stop: asyncio.Event) -> None:
+        """One batch, tried again for as long as the disk refuses: what is behind it waits in the queue, and boxes keep their events."""
+        decoded = [message for entry in batch if (message := self._decode(*entry)) is not None]
+        metrics = [(node, message) for node, message in decoded if isinstance(message, MetricsBatch)]
+        durable = [(node, message) for node, message in decoded if not isinstance(message, MetricsBatch)]
+        for node, batch_of_samples in metrics:
+            await self._take_metrics(node, batch_of_samples)
+        if metrics:
+            self._news.tell("metrics")
+        while durable and not stop.is_set():
+            try:
+                settled = await self._database.write(lambda tables: _save(tables, durable, time.time_ns() // 1_000_000))
+            except RegistryFailed as exc:
+                logger.error("ingest.stalled", reason=str(exc))
+                await lifecycle.sleep_until(stop, RETRY_S)
+                continue
+            await self._after(settled)
+            return
+
+    async def _after(self, settled: _Settled) -> None:
+        for node, ack in settled.acks.items():
+            with contextlib.suppress(NotConnected):  # the box sends again, and is answered then
+                await self._ack(node, ack)
+        if settled.topics:
+            self._news.tell(*settled.topics)
+        if settled.replan:
+            self._replan()
+
+    def _decode(self, topic: Topic, payload: bytes) -> tuple[str, msgspec.Struct] | None:
+        try:
+            message: msgspec.Struct = codec.decode(payload, KINDS[topic.branch])
+        except codec.Malformed as exc:
+            self.malformed += 1
+            logger.warning("message.malformed", node=topic.node, branch=topic.branch, reason=str(exc)[:300])
+            return None
+        self._live.hear(topic.node)
+        return topic.node, message
+
+    # -- metrics: in memory, written in buckets
+
+    async def _take_metrics(self, node: str, batch: MetricsBatch) -> None:
+        if not batch.samples:
+            return
+        epoch = batch.samples[0].epoch
+        key = (node, epoch)
+        if key not in self._numberings:
+            held = await self._database.read(lambda tables: events.read_numbering(tables, node, epoch, "samples"))
+            self._numberings[key] = held or begun(batch.oldest or batch.samples[0].seq)
+        numbering = self._numberings[key]
+        for sample in batch.samples:
+            numbering, is_new = take(numbering, sample.seq)
+            if is_new:
+                self._count(node, sample)
+        self._numberings[key] = give_up(numbering, batch.oldest)
+        self._dropped[key] = batch.lost
+
+    def _count(self, node: str, sample: Sample) -> None:
+        at_s = sample.at_ms // 1000 // self._rollup_s * self._rollup_s
+        served = [Served(s.deployment, at_s, node, s.edge, s.peer, s.cloud, s.refused, s.failed, s.late, s.latency) for s in sample.serve]
+        self._live.take(node, sample, served)
+        for one in served:
+            key = (one.deployment, at_s, node)
+            held = self._served.get(key)
+            self._served[key] = one if held is None else measurements.plus(held, one)
+        gpu_ratio = sum(gpu.utilization_ratio for gpu in sample.gpus) / len(sample.gpus) if sample.gpus else 0.0
+        load = BoxLoad(node, at_s, 1, sample.cpu_ratio, sample.memory_used_bytes, gpu_ratio)
+        load_before = self._loads.get((node, at_s))
+        self._loads[(node, at_s)] = load if load_before is None else measurements.mean(load, load_before)
+
+    async def _flush_loop(self, stop: asyncio.Event) -> None:
+        while not await lifecycle.sleep_until(stop, FLUSH_S):
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write the buckets and what of each stream has come; numbers and sums go into one transaction, so that they agree."""
+        served, self._served = self._served, {}
+        loads, self._loads = self._loads, {}
+        if not served and not loads:
+            return
+        numberings = dict(self._numberings)
+        dropped = dict(self._dropped)
+
+        def work(tables: Tables) -> None:
+            measurements.add_served(tables, list(served.values()))
+            measurements.add_loads(tables, list(loads.values()))
+            for (node, epoch), numbering in numberings.items():
+                events.save_numbering(tables, node, epoch, "samples", numbering, dropped.get((node, epoch), 0))
+
+        try:
+            await self._database.write(work)
+        except RegistryFailed as exc:
+            logger.error("measurements.not_written", reason=str(exc))
+            for key, one in served.items():
+                held = self._served.get(key)
+                self._served[key] = one if held is None else measurements.plus(held, one)
+            for load_key, load in loads.items():
+                self._loads.setdefault(load_key, load)
+
+
+def _save(tables: Tables, batch: list[tuple[str, msgspec.Struct]], now_ms: int) -> _Settled:
+    """Everything but metrics, in one transaction."""
+    settled = _Settled()
+    for node, message in batch:
+        match message:
+            case Presence():
+                if nodes.save_presence(tables, node, message, now_ms):
+                    kind = "node.online" if message.online else "node.offline"
+                    events.add_own_event(tables, node, kind, node, f"session {message.session_epoch}", now_ms)
+                    settled.topics |= {"nodes", "events"}
+                    settled.replan = True
+            case Birth():
+                if nodes.save_birth(tables, node, message, now_ms):
+                    settled.topics.add("nodes")
+                    settled.replan = True
+            case Reported():
+                if nodes.save_reported(tables, node, message, now_ms):
+                    settled.topics |= {"nodes", "deployments"}
+            case EventBatch() if message.events and message.events[0].epoch != events.OWN_EPOCH:
+                one_epoch = [event for event in message.events if event.epoch == message.events[0].epoch]
+                fresh, seq = events.save_events(tables, node, one_epoch, oldest=message.oldest, dropped=message.lost, now_ms=now_ms)
+                settled.acks[node] = Ack(one_epoch[0].epoch, seq)
+                if fresh:
+                    settled.topics.add("events")
+            case _:
+                pass
+    return settled

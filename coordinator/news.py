@@ -1,0 +1,39 @@
+"""Tells pages that something changed, so that they look again. Carries no data: what a slow reader misses, it reads later."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+
+class News:
+    """``tell`` names what changed: ``nodes``, ``deployments``, ``events``, ``metrics``."""
+
+    def __init__(self) -> None:
+        self._readers: set[asyncio.Event] = set()
+        self._versions: dict[str, int] = {}
+
+    def tell(self, *topics: str) -> None:
+        """Something of each of ``topics`` changed."""
+        for topic in topics:
+            self._versions[topic] = self._versions.get(topic, 0) + 1
+        for reader in self._readers:
+            reader.set()
+
+    async def follow(self, *, pause_s: float, idle_s: float) -> AsyncIterator[list[str]]:
+        """Topics that changed since the last time, at most every ``pause_s``; an empty list after ``idle_s`` of silence."""
+        wake = asyncio.Event()
+        self._readers.add(wake)
+        seen = dict(self._versions)
+        try:
+            while True:
+                try:
+                    await asyncio.wait_for(wake.wait(), idle_s)
+                except TimeoutError:
+                    yield []
+                    continue
+                wake.clear()
+                changed = [topic for topic, version in self._versions.items() if seen.get(topic) != version]
+                seen = dict(self._versions)
+                yield changed
+                await asyncio.sleep(pause_s)
+        finally:
+            self._readers.discard(wake)

@@ -1,0 +1,117 @@
+"""Plans anew whenever boxes, models or deployments changed, and tells the boxes whose part changed."""
+
+import asyncio
+import time
+
+import msgspec
+from sqlite_utils import Database as Tables
+
+from coordinator.core import deployment, planner
+from coordinator.news import News
+from coordinator.publish import Publisher
+from coordinator.registry import deployments, models, nodes
+from coordinator.registry.database import Database, RegistryFailed
+from coordinator.session import NotConnected
+from skerry.runtime import lifecycle, log
+from skerry.wire.messages import Desired
+
+logger = log.get("coordinator.plan")
+
+GATHER_S = 0.02
+"""Changes that come together are planned together."""
+AGAIN_S = 60.0
+
+
+def node_of(stored: nodes.Node) -> planner.Node | None:
+    """A box as the planner sees it; None for one that has not said what it is."""
+    if stored.birth is None:
+        return None
+    birth = stored.birth
+    return planner.Node(
+        id=stored.id,
+        tier=birth.tier,
+        labels=birth.labels,
+        gateway_url=birth.gateway_url,
+        online=stored.online,
+        memory_bytes=birth.memory_bytes,
+        gpu_memory_bytes=sum(gpu.memory_mib for gpu in birth.gpus) * 2**20,
+        rungs=birth.rungs,
+    )
+
+
+def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
+    """Plan and keep the plan; returns the documents that changed."""
+    boxes = [box for stored in nodes.read_nodes(tables) if (box := node_of(stored)) is not None]
+    held = {(model.ref.name, model.ref.version): model.ref for model in models.read_models(tables)}
+    wanted = []
+    for stored in deployments.read_deployments(tables):
+        spec = deployment.parse(stored.text)
+        wanted.append(planner.Wanted(spec, stored.generation, held.get((spec.model, spec.version))))
+    before = nodes.read_desired(tables)
+    plan = planner.plan(boxes, wanted, {node: planner.BoxPlan(doc.replicas, doc.routes) for node, doc in before.items()})
+    changed = []
+    for node, part in plan.boxes.items():
+        old = before.get(node)
+        if old is not None and (old.replicas, old.routes) == (part.replicas, part.routes):
+            continue
+        if old is None and not part.replicas and not part.routes:
+            continue
+        generation = (old.generation if old else 0) + 1
+        document = Desired(fleet, node, generation, now_ms, part.replicas, part.routes)
+        nodes.save_desired(tables, document)
+        changed.append(document)
+    if plan.outcomes != deployments.read_outcomes(tables):
+        deployments.save_outcomes(tables, plan.outcomes)
+    return changed
+
+
+class PlanLoop:
+    """``wake`` asks for a plan."""
+
+    def __init__(self, database: Database, publisher: Publisher, news: News, *, fleet: str) -> None:
+        self._database = database
+        self._publisher = publisher
+        self._news = news
+        self._fleet = fleet
+        self._wake = asyncio.Event()
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Plan soon."""
+        self._wake.set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Plan until ``stop`` is set."""
+        while not stop.is_set():
+            await self._changed(stop)
+            if await lifecycle.sleep_until(stop, GATHER_S):
+                return
+            self._wake.clear()
+            await self._plan()
+
+    async def _changed(self, stop: asyncio.Event) -> None:
+        """Until there is reason to plan, or to end."""
+        waits = [asyncio.ensure_future(self._wake.wait()), asyncio.ensure_future(stop.wait())]
+        try:
+            await asyncio.wait(waits, timeout=AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _plan(self) -> None:
+        started = time.perf_counter()
+        try:
+            now_ms = time.time_ns() // 1_000_000
+            changed = await self._database.write(lambda tables: replan(tables, fleet=self._fleet, now_ms=now_ms))
+        except (RegistryFailed, msgspec.DecodeError) as exc:
+            logger.error("plan.failed", reason=str(exc))
+            return
+        for document in changed:
+            try:
+                await self._publisher.publish(document)
+            except NotConnected:
+                logger.warning("desired.waits", node=document.node, generation=document.generation)
+        if changed:
+            took_ms = round((time.perf_counter() - started) * 1000, 1)
+            logger.info("planned", boxes=[document.node for document in changed][:20], changed=len(changed), took_ms=took_ms)
+        self._news.tell("deployments", "nodes")

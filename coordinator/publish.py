@@ -1,0 +1,39 @@
+"""What boxes are told: whole signed documents, retained, and the word that their events are safe."""
+
+from coordinator.ca.signer import Signer
+from coordinator.registry import nodes
+from coordinator.registry.database import Database
+from coordinator.session import FleetSession
+from skerry.runtime import log
+from skerry.wire import codec, topics
+from skerry.wire.messages import Ack, Desired
+
+logger = log.get("coordinator.publish")
+
+ACK_EXPIRY_S = 60
+
+
+class Publisher:
+    """Signs and sends; what can't be sent now is sent by ``publish_all`` after the next connect."""
+
+    def __init__(self, session: FleetSession, signer: Signer, database: Database) -> None:
+        self._session = session
+        self._signer = signer
+        self._database = database
+
+    async def publish(self, desired: Desired) -> None:
+        """Tell one box what to do. Raises NotConnected."""
+        envelope = self._signer.sign(desired)
+        if len(envelope) > codec.MAX_MESSAGE_BYTES:
+            logger.error("desired.too_large", node=desired.node, bytes=len(envelope))
+            return
+        await self._session.publish(topics.desired(desired.fleet, desired.node), envelope, retain=True)
+
+    async def publish_all(self) -> None:
+        """Tell every box again: a broker that lost its retained messages has them back, and each box answers with what it is."""
+        for desired in (await self._database.read(nodes.read_desired)).values():
+            await self.publish(desired)
+
+    async def ack(self, fleet: str, node: str, ack: Ack) -> None:
+        """Tell a box that its events are in the registry. Raises NotConnected."""
+        await self._session.publish(topics.command(fleet, node, "ack"), codec.encode(ack), retain=False, expiry_s=ACK_EXPIRY_S)

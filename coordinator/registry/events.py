@@ -1,0 +1,109 @@
+"""What happened in the fleet: each event once, by (node, epoch, seq)."""
+
+from typing import Any, Literal
+
+import msgspec
+from sqlite_utils import Database as Tables
+
+from coordinator.core.sequence import Numbering, begun, give_up, take
+from skerry.wire.messages import Event
+
+Stream = Literal["events", "samples"]
+OWN_EPOCH = "coordinator"
+"""Under which the coordinator writes events of its own."""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """An event in the registry; ``id`` is the order in which it came."""
+
+    id: int
+    node: str
+    at_ms: int
+    kind: str
+    subject: str
+    text: str
+
+
+class Account(msgspec.Struct, frozen=True):
+    """A numbered stream of one box; ``dropped`` is what the box itself says it had to throw away."""
+
+    node: str
+    epoch: str
+    stream: Stream
+    numbering: Numbering
+    dropped: int
+
+
+def read_numbering(tables: Tables, node: str, epoch: str, stream: Stream) -> Numbering | None:
+    """What of a stream has come; None for one not met before."""
+    rows = tables.query("SELECT numbering FROM numberings WHERE node = ? AND epoch = ? AND stream = ?", [node, epoch, stream])
+    return next((msgspec.json.decode(row["numbering"], type=Numbering) for row in rows), None)
+
+
+def save_numbering(tables: Tables, node: str, epoch: str, stream: Stream, numbering: Numbering, dropped: int) -> None:
+    """Keep what of a stream has come."""
+    tables.execute(
+        "INSERT OR REPLACE INTO numberings VALUES (?, ?, ?, ?, ?)",
+        [node, epoch, stream, msgspec.json.encode(numbering).decode(), dropped],
+    )
+
+
+def read_accounts(tables: Tables, node: str | None = None) -> list[Account]:
+    """Every numbered stream, of one box or of all."""
+    where, values = ("WHERE node = ?", [node]) if node else ("", [])
+    return [
+        Account(row["node"], row["epoch"], row["stream"], msgspec.json.decode(row["numbering"], type=Numbering), row["dropped"])
+        for row in tables.query(f"SELECT * FROM numberings {where} ORDER BY node, stream, epoch", values)  # noqa: S608 - a constant
+    ]
+
+
+def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, dropped: int, now_ms: int) -> tuple[list[Event], int]:
+    """Keep a batch of one epoch; returns the events that were new, and the number up to which all is settled."""
+    epoch = events[0].epoch
+    numbering = read_numbering(tables, node, epoch, "events") or begun(oldest or events[0].seq)
+    fresh = []
+    for event in events:
+        numbering, is_new = take(numbering, event.seq)
+        if not is_new:
+            continue
+        inserted = tables.execute(
+            "INSERT OR IGNORE INTO events (node, epoch, seq, at_ms, received_at_ms, kind, subject, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [node, epoch, event.seq, event.at_ms, now_ms, event.kind, event.subject, event.text],
+        ).rowcount
+        if inserted:
+            fresh.append(event)
+    numbering = give_up(numbering, oldest)
+    save_numbering(tables, node, epoch, "events", numbering, dropped)
+    return fresh, numbering.settled
+
+
+def add_own_event(tables: Tables, node: str, kind: str, subject: str, text: str, now_ms: int) -> None:
+    """Write down something that the coordinator saw itself."""
+    last = next(tables.query("SELECT max(seq) AS seq FROM events WHERE node = ? AND epoch = ?", [node, OWN_EPOCH]))["seq"] or 0
+    tables.execute(
+        "INSERT INTO events (node, epoch, seq, at_ms, received_at_ms, kind, subject, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [node, OWN_EPOCH, last + 1, now_ms, now_ms, kind, subject, text],
+    )
+
+
+def read_events(tables: Tables, *, node: str = "", subject: str = "", after: int = 0, limit: int = 200) -> list[Row]:
+    """The newest events with an id over ``after``, newest first."""
+    conditions: list[str] = ["id > ?"]
+    values: list[Any] = [after]
+    if node:
+        conditions.append("node = ?")
+        values.append(node)
+    if subject:
+        conditions.append("(subject = ? OR subject LIKE ? ESCAPE '\\')")
+        escaped = subject.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+        values += [subject, f"{escaped}-%"]
+    rows = tables.query(
+        f"SELECT id, node, at_ms, kind, subject, text FROM events WHERE {' AND '.join(conditions)} ORDER BY id DESC LIMIT ?",  # noqa: S608 - constants
+        [*values, limit],
+    )
+    return [msgspec.convert(row, Row) for row in rows]
+
+
+def forget_events(tables: Tables, *, keep: int) -> None:
+    """Drop the oldest over ``keep``."""
+    tables.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", [keep])

@@ -1,0 +1,104 @@
+"""Measurements in buckets of a few seconds: who answered how fast, and how busy the boxes were."""
+
+import msgspec
+from sqlite_utils import Database as Tables
+
+from skerry.wire import latency
+
+
+class Served(msgspec.Struct, frozen=True):
+    """One deployment's requests in one bucket that begins at ``at_s`` (Unix time); ``latency`` as in skerry.wire.latency."""
+
+    deployment: str
+    at_s: int
+    node: str
+    edge: int = 0
+    peer: int = 0
+    cloud: int = 0
+    refused: int = 0
+    failed: int = 0
+    late: int = 0
+    latency: dict[int, int] = {}
+
+
+class BoxLoad(msgspec.Struct, frozen=True):
+    """One box's readings in one bucket, averaged over ``samples``."""
+
+    node: str
+    at_s: int
+    samples: int
+    cpu_ratio: float
+    memory_used_bytes: int
+    gpu_ratio: float
+
+
+COUNTS = ("edge", "peer", "cloud", "refused", "failed", "late")
+
+
+def plus(a: Served, b: Served) -> Served:
+    """The sum of two buckets, under the first one's name."""
+    counts = {name: getattr(a, name) + getattr(b, name) for name in COUNTS}
+    return msgspec.structs.replace(a, latency=latency.merged([a.latency, b.latency]), **counts)
+
+
+def add_served(tables: Tables, served: list[Served]) -> None:
+    """Add to the buckets that are there."""
+    for bucket in served:
+        key = [bucket.deployment, bucket.at_s, bucket.node]
+        row = next(tables.query("SELECT * FROM serve_rollups WHERE deployment = ? AND at_s = ? AND node = ?", key), None)
+        total = bucket if row is None else plus(bucket, _served(row))
+        tables.execute(
+            "INSERT OR REPLACE INTO serve_rollups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [*key, *(getattr(total, name) for name in COUNTS), msgspec.json.encode(total.latency).decode()],
+        )
+
+
+def add_loads(tables: Tables, loads: list[BoxLoad]) -> None:
+    """Merge into the buckets that are there, weighted by their samples."""
+    for load in loads:
+        row = next(tables.query("SELECT * FROM box_rollups WHERE node = ? AND at_s = ?", [load.node, load.at_s]), None)
+        total = load if row is None else mean(load, msgspec.convert(row, BoxLoad))
+        tables.execute("INSERT OR REPLACE INTO box_rollups VALUES (?, ?, ?, ?, ?, ?)", list(msgspec.structs.astuple(total)))
+
+
+def mean(a: BoxLoad, b: BoxLoad) -> BoxLoad:
+    """Both together."""
+    n = a.samples + b.samples
+    return BoxLoad(
+        a.node,
+        a.at_s,
+        n,
+        (a.cpu_ratio * a.samples + b.cpu_ratio * b.samples) / n,
+        (a.memory_used_bytes * a.samples + b.memory_used_bytes * b.samples) // n,
+        (a.gpu_ratio * a.samples + b.gpu_ratio * b.samples) / n,
+    )
+
+
+def _served(row: dict[str, object]) -> Served:
+    return msgspec.convert({**row, "latency": msgspec.json.decode(str(row["latency"]), type=dict[int, int])}, Served)
+
+
+def read_served(tables: Tables, *, since_s: int, deployment: str = "", node: str = "") -> list[Served]:
+    """Buckets from ``since_s`` on, oldest first."""
+    conditions = ["at_s >= ?"]
+    values: list[int | str] = [since_s]
+    if deployment:
+        conditions.append("deployment = ?")
+        values.append(deployment)
+    if node:
+        conditions.append("node = ?")
+        values.append(node)
+    rows = tables.query(f"SELECT * FROM serve_rollups WHERE {' AND '.join(conditions)} ORDER BY at_s, node", values)  # noqa: S608 - constants
+    return [_served(row) for row in rows]
+
+
+def read_loads(tables: Tables, node: str, *, since_s: int) -> list[BoxLoad]:
+    """One box's buckets from ``since_s`` on, oldest first."""
+    rows = tables.query("SELECT * FROM box_rollups WHERE node = ? AND at_s >= ? ORDER BY at_s", [node, since_s])
+    return [msgspec.convert(row, BoxLoad) for row in rows]
+
+
+def forget_before(tables: Tables, at_s: int) -> None:
+    """Drop what is older."""
+    tables.execute("DELETE FROM serve_rollups WHERE at_s < ?", [at_s])
+    tables.execute("DELETE FROM box_rollups WHERE at_s < ?", [at_s])

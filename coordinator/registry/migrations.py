@@ -1,0 +1,50 @@
+"""Numbered, forward only. A file knows its number in ``user_version``; each step runs in a transaction of its own."""
+
+import sqlite3
+
+STEPS: list[str] = [
+    # 1
+    """
+    CREATE TABLE nodes (
+        id TEXT PRIMARY KEY, online INTEGER NOT NULL, changed_at_ms INTEGER NOT NULL, first_seen_ms INTEGER NOT NULL,
+        session_epoch INTEGER NOT NULL, birth TEXT, reported TEXT);
+    CREATE TABLE desired (node TEXT PRIMARY KEY, generation INTEGER NOT NULL, document TEXT NOT NULL);
+    CREATE TABLE models (
+        name TEXT NOT NULL, version INTEGER NOT NULL, sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL, warmup TEXT NOT NULL,
+        pushed_at_ms INTEGER NOT NULL, PRIMARY KEY (name, version));
+    CREATE TABLE deployments (
+        name TEXT PRIMARY KEY, generation INTEGER NOT NULL, text TEXT NOT NULL, created_at_ms INTEGER NOT NULL,
+        changed_at_ms INTEGER NOT NULL);
+    CREATE TABLE generations (name TEXT PRIMARY KEY, last INTEGER NOT NULL);
+    CREATE TABLE outcomes (deployment TEXT PRIMARY KEY, outcome TEXT NOT NULL);
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, node TEXT NOT NULL, epoch TEXT NOT NULL, seq INTEGER NOT NULL, at_ms INTEGER NOT NULL,
+        received_at_ms INTEGER NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL, text TEXT NOT NULL, UNIQUE (node, epoch, seq));
+    CREATE INDEX events_by_node ON events (node, id);
+    CREATE TABLE numberings (
+        node TEXT NOT NULL, epoch TEXT NOT NULL, stream TEXT NOT NULL, numbering TEXT NOT NULL, dropped INTEGER NOT NULL,
+        PRIMARY KEY (node, epoch, stream));
+    CREATE TABLE serve_rollups (
+        deployment TEXT NOT NULL, at_s INTEGER NOT NULL, node TEXT NOT NULL, edge INTEGER NOT NULL, peer INTEGER NOT NULL,
+        cloud INTEGER NOT NULL, refused INTEGER NOT NULL, failed INTEGER NOT NULL, late INTEGER NOT NULL, latency TEXT NOT NULL,
+        PRIMARY KEY (deployment, at_s, node)) WITHOUT ROWID;
+    CREATE TABLE box_rollups (
+        node TEXT NOT NULL, at_s INTEGER NOT NULL, samples INTEGER NOT NULL, cpu_ratio REAL NOT NULL, memory_used_bytes INTEGER NOT NULL,
+        gpu_ratio REAL NOT NULL, PRIMARY KEY (node, at_s)) WITHOUT ROWID;
+    """,
+]
+
+
+class TooNew(Exception):
+    """The file was written by a newer coordinator; the text says what to do."""
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the file up to date. Raises TooNew."""
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(STEPS):
+        raise TooNew(
+            f"the registry is of version {version}, this coordinator knows {len(STEPS)}: install the newer one, or restore a backup"
+        )
+    for number, step in enumerate(STEPS[version:], version + 1):
+        connection.executescript(f"BEGIN; {step}; PRAGMA user_version = {number}; COMMIT;")

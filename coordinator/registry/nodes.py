@@ -1,0 +1,96 @@
+"""Boxes: what they are, whether they are connected, what they report, what they were told."""
+
+from typing import Any
+
+import msgspec
+from sqlite_utils import Database as Tables
+
+from skerry.wire import codec
+from skerry.wire.messages import Birth, Desired, Presence, Reported
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A box as the registry holds it; ``birth`` and ``reported`` are None until they came."""
+
+    id: str
+    online: bool
+    changed_at_ms: int
+    first_seen_ms: int
+    session_epoch: int
+    birth: Birth | None
+    reported: Reported | None
+
+
+def _node(row: dict[str, Any]) -> Node:
+    return Node(
+        id=row["id"],
+        online=bool(row["online"]),
+        changed_at_ms=row["changed_at_ms"],
+        first_seen_ms=row["first_seen_ms"],
+        session_epoch=row["session_epoch"],
+        birth=codec.decode(row["birth"].encode(), Birth) if row["birth"] else None,
+        reported=codec.decode(row["reported"].encode(), Reported) if row["reported"] else None,
+    )
+
+
+def read_nodes(tables: Tables) -> list[Node]:
+    """Every box, by name."""
+    return [_node(row) for row in tables.query("SELECT * FROM nodes ORDER BY id")]
+
+
+def read_node(tables: Tables, node: str) -> Node | None:
+    """One box."""
+    return next((_node(row) for row in tables.query("SELECT * FROM nodes WHERE id = ?", [node])), None)
+
+
+def _ensure(tables: Tables, node: str, now_ms: int) -> None:
+    tables.execute(
+        "INSERT OR IGNORE INTO nodes (id, online, changed_at_ms, first_seen_ms, session_epoch) VALUES (?, 0, ?, ?, 0)",
+        [node, now_ms, now_ms],
+    )
+
+
+def save_presence(tables: Tables, node: str, presence: Presence, now_ms: int) -> bool:
+    """Note a connection or its end; says whether the box's state changed. The will of an older session changes nothing."""
+    _ensure(tables, node, now_ms)
+    held = read_node(tables, node)
+    assert held is not None  # noqa: S101 - just made
+    if not presence.online and presence.session_epoch < held.session_epoch:
+        return False
+    if held.online == presence.online and held.session_epoch == presence.session_epoch:
+        return False
+    tables.execute(
+        "UPDATE nodes SET online = ?, session_epoch = ?, changed_at_ms = ? WHERE id = ?",
+        [int(presence.online), presence.session_epoch, now_ms, node],
+    )
+    return held.online != presence.online
+
+
+def save_birth(tables: Tables, node: str, birth: Birth, now_ms: int) -> bool:
+    """Keep an inventory; says whether it differs from the last."""
+    _ensure(tables, node, now_ms)
+    text = codec.encode(birth).decode()
+    changed = tables.execute("UPDATE nodes SET birth = ? WHERE id = ? AND birth IS NOT ?", [text, node, text]).rowcount
+    return changed > 0
+
+
+def save_reported(tables: Tables, node: str, reported: Reported, now_ms: int) -> bool:
+    """Keep a report; says whether it differs from the last."""
+    _ensure(tables, node, now_ms)
+    text = codec.encode(reported).decode()
+    changed = tables.execute("UPDATE nodes SET reported = ? WHERE id = ? AND reported IS NOT ?", [text, node, text]).rowcount
+    return changed > 0
+
+
+def read_desired(tables: Tables) -> dict[str, Desired]:
+    """What each box was last told, by box."""
+    rows = tables.query("SELECT node, document FROM desired")
+    return {row["node"]: codec.decode(row["document"].encode(), Desired) for row in rows}
+
+
+def save_desired(tables: Tables, desired: Desired) -> None:
+    """Keep what a box is told, before it is told."""
+    tables.execute(
+        "INSERT OR REPLACE INTO desired (node, generation, document) VALUES (?, ?, ?)",
+        [desired.node, desired.generation, codec.encode(desired).decode()],
+    )

@@ -1,0 +1,97 @@
+"""The coordinator's MQTT session: everything that boxes say goes into one bounded queue, what boxes are told goes out."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+import aiomqtt
+
+from skerry.runtime import backoff, lifecycle, log, mqtt
+from skerry.runtime.settings import Broker
+from skerry.wire import topics
+
+logger = log.get("coordinator.session")
+
+Message = tuple[topics.Topic, bytes]
+
+
+class NotConnected(Exception):
+    """The broker is not there now; what should be said is said again on the next connect."""
+
+
+class FleetSession:
+    """Stays connected; ``on_connected`` runs after each connect."""
+
+    def __init__(self, broker: Broker, fleet: str, *, queue: "asyncio.Queue[Message]", on_connected: Callable[[], Awaitable[None]]) -> None:
+        self._broker = broker
+        self._fleet = fleet
+        self._queue = queue
+        self._on_connected = on_connected
+        self._client: aiomqtt.Client | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker answered and has not been lost since."""
+        return self._client is not None
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool, expiry_s: int | None = None) -> None:
+        """Say something at QoS 1. Raises NotConnected."""
+        if self._client is None:
+            raise NotConnected("the broker is not there")
+        try:
+            await self._client.publish(topic, payload, qos=1, retain=retain, properties=mqtt.stamped(expiry_s=expiry_s))
+        except aiomqtt.MqttError as exc:
+            raise NotConnected(str(exc)) from exc
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Stay connected until ``stop`` is set."""
+        attempt = 0
+        while not stop.is_set():
+            try:
+                size = self._queue.maxsize
+                async with mqtt.client(self._broker, f"{self._fleet}-coordinator", last_will=None, queue=size) as client:
+                    logger.info("broker.connected", broker=self._broker.host, port=self._broker.port)
+                    attempt = 0
+                    await self._converse(client, stop)
+            except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
+                if attempt == 0 or self._client is not None:
+                    logger.warning("broker.lost", broker=self._broker.host, port=self._broker.port, reason=str(exc) or type(exc).__name__)
+                delay_s = backoff.delay_s(attempt, random.random(), first_s=0.2, most_s=10.0)
+                attempt += 1
+                self._client = None
+                await lifecycle.sleep_until(stop, delay_s)
+            finally:
+                self._client = None
+
+    async def _converse(self, client: aiomqtt.Client, stop: asyncio.Event) -> None:
+        for pattern in topics.up_filters(self._fleet):
+            await client.subscribe(pattern, qos=1)
+        self._client = client
+        tasks = [
+            asyncio.create_task(stop.wait(), name="coordinator.session.stop"),
+            asyncio.create_task(self._listen(client), name="coordinator.session.listen"),
+            asyncio.create_task(self._greet(), name="coordinator.session.greet"),
+        ]
+        try:
+            pending = set(tasks)
+            while not tasks[0].done():
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {tasks[0]}:
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _greet(self) -> None:
+        try:
+            await self._on_connected()
+        except NotConnected as exc:
+            logger.warning("greeting.cut", reason=str(exc))
+        await asyncio.Event().wait()
+
+    async def _listen(self, client: aiomqtt.Client) -> None:
+        async for message in client.messages:
+            topic = topics.parse(str(message.topic))
+            if topic is not None and isinstance(message.payload, bytes | bytearray):
+                await self._queue.put((topic, bytes(message.payload)))

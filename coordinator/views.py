@@ -1,0 +1,229 @@
+"""What the API and the console show, put together from the registry and from what is only true now."""
+
+import time
+
+from sqlite_utils import Database as Tables
+
+from coordinator.core import deployment as deployment_file
+from coordinator.core.planner import Outcome
+from coordinator.live import Live
+from coordinator.registry import deployments, events, measurements, models, nodes
+from coordinator.registry.database import Database
+from coordinator.registry.deployments import Stored
+from coordinator.registry.nodes import Node
+from skerry import __version__
+from skerry.wire import latency
+from skerry.wire.api import (
+    DeploymentView,
+    EventView,
+    LoadPoint,
+    LoadView,
+    ModelView,
+    NodeView,
+    PlacementView,
+    RefusalView,
+    ServeView,
+    SplitPoint,
+    SplitView,
+    StatusView,
+    Stream,
+)
+from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec
+
+
+class Views:
+    """Reads; changes nothing."""
+
+    def __init__(self, database: Database, live: Live, *, fleet: str, rollup_s: int) -> None:
+        self._database = database
+        self._live = live
+        self._fleet = fleet
+        self._rollup_s = rollup_s
+
+    async def nodes(self) -> list[NodeView]:
+        """Every box, by name."""
+
+        def work(tables: Tables) -> list[NodeView]:
+            desired = nodes.read_desired(tables)
+            streams = events.read_accounts(tables)
+            return [self._node(node, desired.get(node.id), streams) for node in nodes.read_nodes(tables)]
+
+        return await self._database.read(work)
+
+    async def node(self, name: str) -> NodeView | None:
+        """One box."""
+        return next((node for node in await self.nodes() if node.id == name), None)
+
+    def _node(self, node: Node, desired: Desired | None, streams: list[events.Account]) -> NodeView:
+        birth, reported = node.birth, node.reported
+        sample = self._live.samples.get(node.id)
+        return NodeView(
+            id=node.id,
+            state="online" if node.online else "offline" if birth else "new",
+            tier=birth.tier if birth else None,
+            labels=birth.labels if birth else {},
+            gateway_url=birth.gateway_url if birth else "",
+            changed_at_ms=node.changed_at_ms,
+            heard_at_ms=self._live.heard_at_ms.get(node.id, 0),
+            version=birth.version if birth else "",
+            cpus=birth.cpus if birth else 0,
+            memory_bytes=birth.memory_bytes if birth else 0,
+            gpus=birth.gpus if birth else [],
+            rungs=birth.rungs if birth else [],
+            generation=desired.generation if desired else 0,
+            reported_generation=reported.generation if reported else 0,
+            refused=reported.refused if reported else "",
+            replicas=reported.replicas if reported else [],
+            cpu_ratio=sample.cpu_ratio if sample else 0.0,
+            memory_used_bytes=sample.memory_used_bytes if sample else 0,
+            gpu_samples=sample.gpus if sample else [],
+            streams=[
+                Stream(a.stream, a.epoch, a.numbering.high, a.numbering.missing, a.numbering.lost, a.dropped)
+                for a in streams
+                if a.node == node.id
+            ],
+        )
+
+    async def deployments(self) -> list[DeploymentView]:
+        """Every deployment, oldest first."""
+
+        def work(tables: Tables) -> list[DeploymentView]:
+            outcomes = deployments.read_outcomes(tables)
+            desired = nodes.read_desired(tables)
+            reports = {
+                (node.id, replica.name): replica
+                for node in nodes.read_nodes(tables)
+                for replica in (node.reported.replicas if node.reported else [])
+            }
+            return [
+                self._deployment(stored, outcomes.get(stored.name), desired, reports) for stored in deployments.read_deployments(tables)
+            ]
+
+        return await self._database.read(work)
+
+    async def deployment(self, name: str) -> DeploymentView | None:
+        """One deployment."""
+        return next((view for view in await self.deployments() if view.name == name), None)
+
+    def _deployment(
+        self,
+        stored: Stored,
+        outcome: Outcome | None,
+        desired: dict[str, Desired],
+        reports: dict[tuple[str, str], ReplicaReport],
+    ) -> DeploymentView:
+        spec = deployment_file.parse(stored.text)
+        specs = {(node, replica.name): replica for node, document in desired.items() for replica in document.replicas}
+        placements = [
+            _placement(p.node, p.replica, p.reason, specs.get((p.node, p.replica)), reports.get((p.node, p.replica)))
+            for p in (outcome.placements if outcome else [])
+        ]
+        return DeploymentView(
+            name=stored.name,
+            generation=stored.generation,
+            model=f"{spec.model}:{spec.version}",
+            ready=sum(1 for placement in placements if placement.phase == "ready" and placement.is_current),
+            wanted=outcome.wanted if outcome else 0,
+            placements=placements,
+            refusals=[RefusalView(refusal.node, refusal.reason) for refusal in (outcome.refusals if outcome else [])],
+            problem=outcome.problem if outcome else "not planned yet",
+            deadline_ms=spec.deadline_ms,
+            target=spec.target,
+            split=spec.split,
+            text=stored.text,
+            created_at_ms=stored.created_at_ms,
+            changed_at_ms=stored.changed_at_ms,
+            serve=self._live.serve(stored.name),
+        )
+
+    def serve(self, deployment: str) -> ServeView:
+        """A deployment's last seconds."""
+        return self._live.serve(deployment)
+
+    async def models(self) -> list[ModelView]:
+        """Every model version."""
+
+        def work(tables: Tables) -> list[ModelView]:
+            used: dict[tuple[str, int], list[str]] = {}
+            for stored in deployments.read_deployments(tables):
+                spec = deployment_file.parse(stored.text)
+                used.setdefault((spec.model, spec.version), []).append(stored.name)
+            return [
+                ModelView(
+                    m.ref.name, m.ref.version, m.ref.sha256, m.ref.size_bytes, m.pushed_at_ms, used.get((m.ref.name, m.ref.version), [])
+                )
+                for m in models.read_models(tables)
+            ]
+
+        return await self._database.read(work)
+
+    async def events(self, *, node: str = "", subject: str = "", after: int = 0, limit: int = 200) -> list[EventView]:
+        """The newest events, newest first."""
+        rows = await self._database.read(lambda tables: events.read_events(tables, node=node, subject=subject, after=after, limit=limit))
+        return [EventView(row.id, row.node, row.at_ms, row.kind, row.subject, row.text) for row in rows]
+
+    async def split(self, *, minutes: int, deployment: str = "", node: str = "") -> SplitView:
+        """Who answered over time, summed over boxes (or of one box, or over deployments)."""
+        since_s = int(time.time()) - minutes * 60
+        served = await self._database.read(
+            lambda tables: measurements.read_served(tables, since_s=since_s, deployment=deployment, node=node)
+        )
+        buckets: dict[int, measurements.Served] = {}
+        for one in served:
+            held = buckets.get(one.at_s)
+            buckets[one.at_s] = one if held is None else measurements.plus(held, one)
+        return SplitView(
+            self._rollup_s,
+            [
+                SplitPoint(
+                    b.at_s, b.edge, b.peer, b.cloud, b.refused, b.failed, b.late,
+                    latency.quantile_ms(b.latency, 0.5), latency.quantile_ms(b.latency, 0.99),
+                )
+                for _, b in sorted(buckets.items())
+            ],
+        )  # fmt: skip
+
+    async def load(self, node: str, *, minutes: int) -> LoadView:
+        """One box's load over time."""
+        since_s = int(time.time()) - minutes * 60
+        loads = await self._database.read(lambda tables: measurements.read_loads(tables, node, since_s=since_s))
+        return LoadView(self._rollup_s, [LoadPoint(b.at_s, b.cpu_ratio, b.memory_used_bytes, b.gpu_ratio) for b in loads])
+
+    async def status(self, *, broker_connected: bool) -> StatusView:
+        """The fleet at a glance."""
+        boxes = await self.nodes()
+        deployed = await self.deployments()
+        streams = [stream for box in boxes for stream in box.streams]
+        count = await self._database.read(lambda tables: next(tables.query("SELECT count(*) AS n FROM events"))["n"])
+        return StatusView(
+            fleet=self._fleet,
+            version=__version__,
+            broker_connected=broker_connected,
+            nodes_online=sum(1 for box in boxes if box.state == "online"),
+            nodes=len(boxes),
+            deployments=len(deployed),
+            deployments_ready=sum(1 for view in deployed if view.wanted and view.ready == view.wanted),
+            events=count,
+            events_missing=sum(s.missing for s in streams if s.stream == "events"),
+            events_lost=sum(s.lost for s in streams if s.stream == "events"),
+            samples_missing=sum(s.missing for s in streams if s.stream == "samples"),
+            samples_lost=sum(s.lost for s in streams if s.stream == "samples"),
+        )
+
+
+def _placement(node: str, replica: str, reason: str, spec: ReplicaSpec | None, report: ReplicaReport | None) -> PlacementView:
+    is_current = spec is not None and report is not None and report.generation == spec.generation and report.sha256 == spec.model.sha256
+    if report is None:
+        return PlacementView(node, replica, reason, "pending", is_current=False, status="the box has not reported it yet")
+    return PlacementView(
+        node=node,
+        replica=replica,
+        reason=reason,
+        phase=report.phase,
+        is_current=is_current,
+        status=report.reason,
+        driver=report.driver,
+        rung=report.rung,
+        provider=report.provider,
+        restarts=report.restarts,
+    )

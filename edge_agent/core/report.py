@@ -1,0 +1,86 @@
+"""What a box says of its replicas, and what its gateway may route to. Pure."""
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from skerry.wire.box import LocalReplica, Route, RouteTable
+from skerry.wire.messages import Desired, ModelRef, Phase, ReplicaReport, ReplicaSpec, Reported, Rung
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    """One replica as the warden knows it; ``socket`` is empty until a worker answers there."""
+
+    spec: ReplicaSpec
+    phase: Phase
+    reason: str = ""
+    driver: str = ""
+    rung: Rung | None = None
+    provider: str = ""
+    socket: str = ""
+    restarts: int = 0
+
+
+def report_of(desired: Desired | None, known: Mapping[str, ReplicaStatus], waiting: Mapping[str, str], refused: str) -> Reported:
+    """The reported document. ``waiting`` says, by digest, why a wanted model's bytes are not here yet.
+
+    A wanted replica that nothing is known of is fetching; one that is no longer wanted is reported until it is gone.
+    """
+    reports = {name: _report_of(status) for name, status in known.items()}
+    for spec in desired.replicas if desired else []:
+        if spec.name not in reports:
+            reason = waiting.get(spec.model.sha256, "")
+            reports[spec.name] = ReplicaReport(spec.name, spec.deployment, spec.generation, "fetching", reason)
+    return Reported(
+        generation=desired.generation if desired else 0,
+        replicas=[reports[name] for name in sorted(reports)],
+        refused=refused,
+    )
+
+
+def _report_of(status: ReplicaStatus) -> ReplicaReport:
+    return ReplicaReport(
+        name=status.spec.name,
+        deployment=status.spec.deployment,
+        generation=status.spec.generation,
+        phase=status.phase,
+        reason=status.reason,
+        sha256=status.spec.model.sha256,
+        provider=status.provider,
+        driver=status.driver,
+        rung=status.rung,
+        restarts=status.restarts,
+    )
+
+
+def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus]) -> RouteTable:
+    """The gateway's table: every route of the document, with the replicas that are ready for it."""
+    if desired is None:
+        return RouteTable()
+    ready: dict[str, list[LocalReplica]] = {}
+    for status in known:
+        if status.phase == "ready" and status.socket:
+            replica = LocalReplica(status.spec.name, status.socket, max(1, int(status.spec.cpus)))
+            ready.setdefault(status.spec.deployment, []).append(replica)
+    return RouteTable(
+        generation=desired.generation,
+        routes=[
+            Route(
+                deployment=route.deployment,
+                model=route.model,
+                version=route.version,
+                deadline_ms=route.deadline_ms,
+                split=route.split,
+                replicas=sorted(ready.get(route.deployment, []), key=lambda replica: replica.name),
+                upstreams=route.upstreams,
+            )
+            for route in desired.routes
+        ],
+    )
+
+
+def models_wanted(desired: Desired | None, present: Iterable[str]) -> list[ModelRef]:
+    """Each model that a wanted replica needs and the store lacks, once."""
+    have = set(present)
+    wanted = {spec.model.sha256: spec.model for spec in (desired.replicas if desired else []) if spec.model.sha256 not in have}
+    return [wanted[digest] for digest in sorted(wanted)]

@@ -1,0 +1,38 @@
+"""The agent's settings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from skerry.runtime.settings import Broker, Name
+from skerry.wire.messages import Tier
+
+
+class Coordinator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where models are fetched from. ``proxy`` is an HTTP proxy, where the site has no other way out."""
+
+    url: str
+    token_file: Path
+    proxy: str = ""
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``/etc/skerry/agent.toml``."""
+
+    fleet: Name
+    node: Name
+    tier: Tier
+    state_dir: Path
+    warden_socket: Path
+    gateway_socket: Path
+    gateway_url: str
+    broker: Broker
+    coordinator: Coordinator
+    labels: dict[str, str] = {}
+    sample_every_s: Annotated[float, msgspec.Meta(ge=0.2, le=3600)] = 10.0
+    outbox_events: Annotated[int, msgspec.Meta(ge=100, le=10_000_000)] = 100_000
+    outbox_samples: Annotated[int, msgspec.Meta(ge=100, le=10_000_000)] = 100_000
+    will_delay_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 5
+    reconnect_first_s: Annotated[float, msgspec.Meta(ge=0.05, le=60)] = 0.5
+    reconnect_most_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60.0

@@ -1,0 +1,120 @@
+"""The agent put together: who calls whom is read here and nowhere else."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import psutil
+
+from edge_agent.link.artifacts import Artifacts
+from edge_agent.link.config import Config
+from edge_agent.link.outbox import Outbox, OutboxFailed
+from edge_agent.link.session import Session
+from edge_agent.link.telemetry import Telemetry
+from edge_agent.link.warden import WardenLink
+from skerry import __version__
+from skerry.runtime import lifecycle, log, nvml, sdnotify, settings
+from skerry.wire.box import Entries, State
+from skerry.wire.messages import Birth, Gpu, Rung
+
+logger = log.get("agent")
+
+
+def read_token(path: Path) -> str:
+    """The token in a file, or in the systemd credential of the same name. Raises SettingsError."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    candidate = Path(folder) / path.name if folder and (Path(folder) / path.name).exists() else path
+    try:
+        return candidate.read_text().strip()
+    except OSError as exc:
+        raise settings.SettingsError(f"coordinator.token_file: {candidate}: {exc.strerror}") from exc
+
+
+class Inventory:
+    """What this box is; the warden adds what it can run."""
+
+    def __init__(self, config: Config, outbox_epoch: str) -> None:
+        self._config = config
+        self._outbox_epoch = outbox_epoch
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._gpus: list[Gpu] = nvml.gpus()
+        self.rungs: list[Rung] = []
+        self.generation = 0
+
+    def birth(self, session_epoch: int) -> Birth:
+        """The birth message of one session."""
+        return Birth(
+            tier=self._config.tier,
+            labels=self._config.labels,
+            gateway_url=self._config.gateway_url,
+            boot_id=self._boot_id,
+            session_epoch=session_epoch,
+            version=__version__,
+            cpus=psutil.cpu_count() or 1,
+            memory_bytes=psutil.virtual_memory().total,
+            gpus=self._gpus,
+            rungs=self.rungs,
+            outbox_epoch=self._outbox_epoch,
+            desired_generation=self.generation,
+        )
+
+
+async def main(config: Config, stop: asyncio.Event) -> None:
+    """Run the agent until ``stop`` is set."""
+    token = read_token(config.coordinator.token_file)
+    outbox = Outbox(config.state_dir / "outbox.db", most_events=config.outbox_events, most_samples=config.outbox_samples)
+    inventory = Inventory(config, outbox.epoch)
+    artifacts = Artifacts(
+        folder=config.state_dir / "incoming",
+        url=config.coordinator.url,
+        token=token,
+        proxy=config.coordinator.proxy,
+        arrived=lambda digest, reason: warden.arrived(digest, reason),  # noqa: PLW0108 - made below
+    )
+
+    async def on_state(state: State) -> None:
+        if state.rungs != inventory.rungs:
+            inventory.rungs = state.rungs
+            session.announce()
+        inventory.generation = state.reported.generation
+        session.report(state.reported)
+        artifacts.need(state.needs)
+
+    def on_entries(entries: Entries) -> tuple[str, int] | None:
+        try:
+            outbox.add_entries(entries.journal, entries.entries)
+        except OutboxFailed as exc:
+            logger.error("outbox.full", reason=str(exc))
+            return None
+        session.events_added()
+        return outbox.journal_position()
+
+    warden = WardenLink(config.warden_socket, on_state=on_state, on_entries=on_entries, position=outbox.journal_position)
+    session = Session(
+        broker=config.broker,
+        fleet=config.fleet,
+        node=config.node,
+        will_delay_s=config.will_delay_s,
+        backoff_s=(config.reconnect_first_s, config.reconnect_most_s),
+        outbox=outbox,
+        birth=inventory.birth,
+        on_desired=warden.apply,
+    )
+    telemetry = Telemetry(
+        every_s=config.sample_every_s,
+        gateway_socket=config.gateway_socket,
+        epoch=outbox.epoch,
+        next_seq=outbox.next_sample_seq,
+        offer=session.offer,
+    )
+    session.say_event("agent.started", config.node, f"version {__version__}")
+    if outbox.set_aside:
+        session.say_event("outbox.damaged", config.node, f"set aside as {outbox.set_aside}")
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(warden.run(stop), name="agent.warden")
+        tasks.create_task(artifacts.run(stop), name="agent.artifacts")
+        tasks.create_task(telemetry.run(stop), name="agent.telemetry")
+        tasks.create_task(session.run(stop), name="agent.session")
+        tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="agent.watchdog")
+        sdnotify.notify("READY=1")
+    outbox.close()

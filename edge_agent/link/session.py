@@ -1,0 +1,265 @@
+"""The MQTT session: connect with a Last Will, say what this box is and does, send what the outbox holds, hear what is wanted.
+
+Everything here may be cut at any moment; what matters is in the outbox or is said again after the next connect.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+
+import aiomqtt
+import msgspec
+
+from edge_agent.link.outbox import Outbox, OutboxFailed
+from skerry.runtime import backoff, lifecycle, log, mqtt
+from skerry.runtime.settings import Broker
+from skerry.wire import codec, topics
+from skerry.wire.messages import Ack, Birth, Event, EventBatch, MetricsBatch, Presence, Reported, Sample
+
+logger = log.get("agent.session")
+
+QUEUE = 256
+BATCH_BYTES = 48 * 1024
+EVENTS_UNDER_WAY = 2000
+RESEND_EVENTS_S = 10.0
+SAMPLES_PER_MESSAGE = 20
+REPLAY_PAUSE_S = 0.05
+"""Between two messages of a backlog, so that it does not delay what is live."""
+REFRESH_S = 60.0
+"""How often presence and report are said again although nothing changed: a lost one is made up for by the next."""
+TAKEN_OVER_S = 60.0
+_SESSION_TAKEN_OVER = 0x8E
+
+
+class Session:
+    """Keeps the box connected. ``birth`` gives the inventory for a session number; ``on_desired`` gets envelopes as they come."""
+
+    def __init__(
+        self,
+        *,
+        broker: Broker,
+        fleet: str,
+        node: str,
+        will_delay_s: int,
+        backoff_s: tuple[float, float],
+        outbox: Outbox,
+        birth: Callable[[int], Birth],
+        on_desired: Callable[[bytes], None],
+    ) -> None:
+        self._broker = broker
+        self._fleet = fleet
+        self._node = node
+        self._will_delay_s = will_delay_s
+        self._backoff_s = backoff_s
+        self._outbox = outbox
+        self._birth = birth
+        self._on_desired = on_desired
+        self._client: aiomqtt.Client | None = None
+        self._reported: Reported | None = None
+        self._news = asyncio.Event()
+        self._report_due = asyncio.Event()
+        self._birth_due = asyncio.Event()
+        self._confirmed_at = 0.0
+        self._confirmed_seq = 0
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker answered and has not been lost since."""
+        return self._client is not None
+
+    def say_event(self, kind: str, subject: str = "", text: str = "") -> None:
+        """Put an event into the outbox; on a full disk it is logged and counted by the gap in the numbers."""
+        try:
+            self._outbox.add_event(kind, subject, text, at_ms=time.time_ns() // 1_000_000)
+        except OutboxFailed as exc:
+            logger.error("event.not_kept", kind=kind, subject=subject, text=text, reason=str(exc))
+        self._news.set()
+
+    def events_added(self) -> None:
+        """The outbox holds new events."""
+        self._news.set()
+
+    def report(self, reported: Reported) -> None:
+        """Say what the box does now."""
+        self._reported = reported
+        self._report_due.set()
+
+    def announce(self) -> None:
+        """The inventory changed: say what the box is again."""
+        self._birth_due.set()
+
+    async def offer(self, sample: Sample) -> None:
+        """Send a sample if the link is up, and keep it until it is sure that it arrived."""
+        sent_at_ms = 0
+        if self._client is not None:
+            try:
+                await self._publish(self._client, "metrics", self._metrics([sample]), qos=0)
+                sent_at_ms = time.time_ns() // 1_000_000
+            except aiomqtt.MqttError:
+                pass  # the session's own loop notices and reports it
+        self._outbox.add_sample(sample, sent_at_ms=sent_at_ms)
+        self._outbox.forget_samples(sent_before_ms=time.time_ns() // 1_000_000 - 4000 * self._broker.keepalive_s)
+
+    def _metrics(self, samples: list[Sample]) -> MetricsBatch:
+        return MetricsBatch(samples, self._outbox.lost()[1], oldest=self._outbox.oldest_sample() or samples[0].seq)
+
+    # -- the connection
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Stay connected until ``stop`` is set; a broker that is not there is waited for, not an error."""
+        attempt, lost_at = 0, time.monotonic()
+        while not stop.is_set():
+            was_up = False
+            wait_s = 0.0
+            try:
+                epoch = self._outbox.next_session()
+                last_will = mqtt.will(
+                    topics.up(self._fleet, self._node, "presence"),
+                    codec.encode(Presence(False, self._birth(epoch).boot_id, epoch)),
+                    delay_s=self._will_delay_s,
+                )
+                async with mqtt.client(self._broker, f"{self._fleet}-{self._node}", last_will=last_will, queue=QUEUE) as client:
+                    was_up, attempt = True, 0
+                    self.say_event("link.up", self._broker.host, f"session {epoch}, after {time.monotonic() - lost_at:.1f} s")
+                    await self._converse(client, epoch, stop)
+                    await self._publish(client, "presence", Presence(False, self._birth(epoch).boot_id, epoch), retain=True)
+            except (aiomqtt.MqttError, OSError, TimeoutError, OutboxFailed) as exc:
+                reason = str(exc) or type(exc).__name__
+                if was_up:
+                    lost_at = time.monotonic()
+                    if _was_taken_over(exc):
+                        wait_s = TAKEN_OVER_S * random.uniform(1, 2)
+                        reason = (
+                            f"another agent connected as node {self._node!r}: give each box a name of its own; next try in {wait_s:.0f} s"
+                        )
+                    self.say_event("link.lost", self._broker.host, reason)
+                if was_up or attempt == 0:
+                    logger.warning(
+                        "link.lost" if was_up else "broker.absent", broker=self._broker.host, port=self._broker.port, reason=reason
+                    )
+                wait_s = wait_s or backoff.delay_s(attempt, random.random(), first_s=self._backoff_s[0], most_s=self._backoff_s[1])
+                attempt += 1
+            finally:
+                self._client = None
+            await lifecycle.sleep_until(stop, wait_s)
+
+    async def _converse(self, client: aiomqtt.Client, epoch: int, stop: asyncio.Event) -> None:
+        """Everything that happens while connected; ends when ``stop`` is set, raises when the link is lost."""
+        for pattern in topics.down_filters(self._fleet, self._node):
+            await client.subscribe(pattern, qos=1)
+        self._confirmed_at, self._confirmed_seq = time.monotonic(), 0
+        await self._publish(client, "presence", Presence(True, self._birth(epoch).boot_id, epoch), retain=True)
+        self._birth_due.set()
+        self._report_due.set()
+        self._client = client
+        stopping = asyncio.create_task(stop.wait(), name="agent.session.stop")
+        loops = [
+            asyncio.create_task(self._listen(client), name="agent.session.listen"),
+            asyncio.create_task(self._send_births(client, epoch), name="agent.session.births"),
+            asyncio.create_task(self._send_reports(client, epoch), name="agent.session.reports"),
+            asyncio.create_task(self._send_events(client), name="agent.session.events"),
+            asyncio.create_task(self._send_backlog(client), name="agent.session.backlog"),
+        ]
+        try:
+            pending = {stopping, *loops}
+            while not stopping.done():
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {stopping}:
+                    task.result()
+        finally:
+            for task in (stopping, *loops):
+                task.cancel()
+            await asyncio.gather(stopping, *loops, return_exceptions=True)
+
+    async def _publish(
+        self, client: aiomqtt.Client, branch: topics.UpBranch, message: msgspec.Struct, *, qos: int = 1, retain: bool = False
+    ) -> None:
+        topic = topics.up(self._fleet, self._node, branch)
+        await client.publish(topic, codec.encode(message), qos=qos, retain=retain, properties=mqtt.stamped())
+
+    async def _listen(self, client: aiomqtt.Client) -> None:
+        async for message in client.messages:
+            topic = topics.parse(str(message.topic))
+            payload = message.payload
+            if topic is None or not isinstance(payload, bytes | bytearray):
+                continue
+            if topic.branch == "desired":
+                self._on_desired(bytes(payload))
+                self._report_due.set()  # whoever sends it, a coordinator that restarted mostly, wants to know
+                self._birth_due.set()
+            elif topic.branch == "command/ack":
+                self._confirm(bytes(payload))
+            else:
+                logger.info("command.unknown", topic=str(message.topic)[:200])
+
+    def _confirm(self, payload: bytes) -> None:
+        try:
+            ack = codec.decode(payload, Ack)
+        except codec.Malformed as exc:
+            logger.warning("ack.malformed", reason=str(exc))
+            return
+        self._outbox.confirm_events(ack.epoch, ack.events_seq)
+        if ack.epoch == self._outbox.epoch:
+            self._confirmed_at, self._confirmed_seq = time.monotonic(), max(self._confirmed_seq, ack.events_seq)
+        self._news.set()
+
+    async def _send_births(self, client: aiomqtt.Client, epoch: int) -> None:
+        while True:
+            await self._birth_due.wait()
+            self._birth_due.clear()
+            await self._publish(client, "birth", self._birth(epoch))
+            await asyncio.sleep(0.2)  # a burst of changes is one birth
+
+    async def _send_reports(self, client: aiomqtt.Client, epoch: int) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._report_due.wait(), REFRESH_S)
+            except TimeoutError:
+                await self._publish(client, "presence", Presence(True, self._birth(epoch).boot_id, epoch), retain=True)
+            self._report_due.clear()
+            if self._reported is not None:
+                await self._publish(client, "reported", self._reported, retain=True)
+
+    async def _send_events(self, client: aiomqtt.Client) -> None:
+        """In order of number; all that is unconfirmed again when no confirmation comes for RESEND_EVENTS_S."""
+        sent = 0
+        while True:
+            self._news.clear()
+            batch = self._outbox.events_after(sent, 100) if sent - self._confirmed_seq < EVENTS_UNDER_WAY else []
+            if batch:
+                fitting = _fitting(batch)
+                await self._publish(client, "events", EventBatch(fitting, self._outbox.lost()[0], oldest=self._outbox.oldest_event()))
+                sent = fitting[-1].seq
+                continue
+            try:
+                await asyncio.wait_for(self._news.wait(), RESEND_EVENTS_S)
+            except TimeoutError:
+                if time.monotonic() - self._confirmed_at >= RESEND_EVENTS_S and self._outbox.depth()[0]:
+                    sent = 0
+
+    async def _send_backlog(self, client: aiomqtt.Client) -> None:
+        """What was sampled while the link was down, and what may have been sent into a link that was dead already."""
+        sent = 0
+        while samples := self._outbox.samples_after(sent, SAMPLES_PER_MESSAGE):
+            await self._publish(client, "metrics", self._metrics(samples), qos=1)
+            self._outbox.mark_sent([sample.seq for sample in samples], at_ms=time.time_ns() // 1_000_000)
+            sent = samples[-1].seq
+            await asyncio.sleep(REPLAY_PAUSE_S)
+        await asyncio.Event().wait()  # the other loops go on
+
+
+def _fitting(events: list[Event]) -> list[Event]:
+    """As many of the first events as one message may hold, one at least."""
+    size, count = 0, 0
+    for event in events:
+        size += len(codec.encode(event))
+        if count and size > BATCH_BYTES:
+            break
+        count += 1
+    return events[:count]
+
+
+def _was_taken_over(exc: BaseException) -> bool:
+    code = getattr(exc, "rc", None)
+    return getattr(code, "value", code) == _SESSION_TAKEN_OVER or "taken over" in str(exc).lower()

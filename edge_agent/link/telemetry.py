@@ -1,0 +1,87 @@
+"""One reading of the box per interval: processor, memory, GPUs, and what the gateway answered since the last one."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+from skerry.runtime import lifecycle, log, nvml
+from skerry.wire import codec, latency
+from skerry.wire.box import GatewayTotals, ServeTotals
+from skerry.wire.messages import Sample, ServeSample
+
+logger = log.get("agent.telemetry")
+
+ASK_TIMEOUT_S = 2.0
+MAX_TOTALS_BYTES = 4 * 1024 * 1024
+
+
+def since(now: GatewayTotals, before: GatewayTotals | None) -> list[ServeSample]:
+    """What the gateway answered between two totals; a gateway that was restarted in between counts from zero. Pure."""
+    same = before is not None and before.started_at_ms == now.started_at_ms
+    old = {totals.deployment: totals for totals in before.deployments} if before is not None and same else {}
+    samples = []
+    for totals in now.deployments:
+        was = old.get(totals.deployment, ServeTotals(totals.deployment))
+        samples.append(
+            ServeSample(
+                deployment=totals.deployment,
+                edge=totals.edge - was.edge,
+                peer=totals.peer - was.peer,
+                cloud=totals.cloud - was.cloud,
+                refused=totals.refused - was.refused,
+                failed=totals.failed - was.failed,
+                late=totals.late - was.late,
+                latency=latency.grown(totals.latency, was.latency),
+            )
+        )
+    return samples
+
+
+class Telemetry:
+    """Reads every ``every_s`` and hands each reading to ``offer``."""
+
+    def __init__(
+        self, *, every_s: float, gateway_socket: Path, epoch: str, next_seq: Callable[[], int], offer: Callable[[Sample], Awaitable[None]]
+    ) -> None:
+        self._every_s = every_s
+        self._gateway_socket = gateway_socket
+        self._epoch = epoch
+        self._next_seq = next_seq
+        self._offer = offer
+        self._before: GatewayTotals | None = None
+        self._has_gpus = bool(nvml.gpus())
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Read until ``stop`` is set."""
+        psutil.cpu_percent(None)  # the first call only starts the measurement
+        connector = aiohttp.UnixConnector(path=str(self._gateway_socket))
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)) as session:
+            while not await lifecycle.sleep_until(stop, self._every_s):
+                await self._offer(await self._read(session))
+
+    async def _read(self, session: aiohttp.ClientSession) -> Sample:
+        serve: list[ServeSample] = []
+        totals = await self._ask(session)
+        if totals is not None:
+            serve, self._before = since(totals, self._before), totals
+        return Sample(
+            epoch=self._epoch,
+            seq=self._next_seq(),
+            at_ms=time.time_ns() // 1_000_000,
+            cpu_ratio=round(psutil.cpu_percent(None) / 100, 4),
+            memory_used_bytes=psutil.virtual_memory().used,
+            gpus=await asyncio.to_thread(nvml.samples) if self._has_gpus else [],
+            serve=[sample for sample in serve if any((sample.latency, sample.refused, sample.failed, sample.late))],
+        )
+
+    async def _ask(self, session: aiohttp.ClientSession) -> GatewayTotals | None:
+        """The gateway's counters; a gateway that is not there leaves a hole, and what it counts meanwhile comes with the next answer."""
+        try:
+            async with session.get("http://gateway/totals") as response:
+                return codec.decode(await response.content.read(MAX_TOTALS_BYTES), GatewayTotals, max_bytes=MAX_TOTALS_BYTES)
+        except (aiohttp.ClientError, OSError, TimeoutError, codec.Malformed):
+            return None

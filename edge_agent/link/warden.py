@@ -1,0 +1,99 @@
+"""The agent's end of the warden's socket."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from skerry.runtime import backoff, lifecycle, log
+from skerry.wire import codec
+from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, FromWarden, State, Taken
+
+logger = log.get("agent.warden")
+
+RECONNECT_FIRST_S = 0.1
+RECONNECT_MOST_S = 5.0
+
+
+class WardenLink:
+    """Stays connected; hands what the warden says to ``on_state`` and ``on_entries``, which answers with the position reached."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        on_state: Callable[[State], Awaitable[None]],
+        on_entries: Callable[[Entries], tuple[str, int] | None],
+        position: Callable[[], tuple[str, int]],
+    ) -> None:
+        self._path = path
+        self._on_state = on_state
+        self._on_entries = on_entries
+        self._position = position
+        self._writer: asyncio.StreamWriter | None = None
+        self._held_envelope: bytes | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Connect again whenever the connection is lost, until ``stop`` is set."""
+        attempt = 0
+        while not stop.is_set():
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(str(self._path), limit=MAX_LINE_BYTES)
+            except OSError as exc:
+                if attempt == 0:
+                    logger.warning("warden.absent", socket=str(self._path), reason=exc.strerror or str(exc))
+                delay_s = backoff.delay_s(attempt, random.random(), first_s=RECONNECT_FIRST_S, most_s=RECONNECT_MOST_S)
+                attempt += 1
+                await lifecycle.sleep_until(stop, delay_s)
+                continue
+            attempt = 0
+            await self._converse(reader, stop)
+            await lifecycle.sleep_until(stop, backoff.delay_s(0, random.random(), first_s=RECONNECT_FIRST_S, most_s=RECONNECT_MOST_S))
+
+    async def _converse(self, reader: asyncio.StreamReader, stop: asyncio.Event) -> None:
+        stopping = asyncio.create_task(stop.wait(), name="agent.warden.stop")
+        listening = asyncio.create_task(self._listen(reader), name="agent.warden.listen")
+        try:
+            journal, seq = self._position()
+            self._say(Taken(journal, seq))
+            if self._held_envelope is not None:
+                self._say(Apply(self._held_envelope))
+            await asyncio.wait([stopping, listening], return_when=asyncio.FIRST_COMPLETED)
+            if listening.done():
+                listening.result()
+        except (OSError, codec.Malformed, ValueError) as exc:
+            logger.warning("warden.lost", reason=str(exc)[:300])
+        finally:
+            for task in (stopping, listening):
+                task.cancel()
+            if self._writer is not None:
+                self._writer.close()
+                with contextlib.suppress(OSError):
+                    await self._writer.wait_closed()
+            self._writer = None
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            message: FromWarden = codec.decode(line, FromWarden, max_bytes=MAX_LINE_BYTES)  # type: ignore[arg-type]  # a union is no type[T]
+            match message:
+                case State():
+                    await self._on_state(message)
+                case Entries():
+                    reached = self._on_entries(message)
+                    if reached is None:
+                        raise ConnectionError("the outbox could not take what happened here; asked for again later")
+                    self._say(Taken(*reached))
+
+    def _say(self, message: FromAgent) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(codec.encode(message) + b"\n")
+
+    def apply(self, envelope: bytes) -> None:
+        """Hand over a desired document; a warden that is not there now gets it when it is."""
+        self._held_envelope = envelope
+        self._say(Apply(envelope))
+
+    def arrived(self, sha256: str, reason: str = "") -> None:
+        """A model lies in the incoming folder, or ``reason`` why not."""
+        self._say(Arrived(sha256, reason))

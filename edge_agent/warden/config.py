@@ -1,0 +1,30 @@
+"""The warden's settings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from skerry.runtime.settings import Name
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``/etc/skerry/warden.toml``. Sizes are in bytes, 0 means: what the machine has."""
+
+    fleet: Name
+    node: Name
+    state_dir: Path
+    socket: Path
+    incoming_dir: Path
+    routes_file: Path
+    trusted_keys_file: Path
+    drivers: list[str] = msgspec.field(default_factory=lambda: ["docker", "bubblewrap"])
+    """Kinds of sandbox in order of preference; those that do not work here are left out, with the reason in the log."""
+    docker_socket: Path = Path("/var/run/docker.sock")
+    memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    gpu_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 2.0
+    start_timeout_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 120.0
+    restart_first_s: Annotated[float, msgspec.Meta(ge=0.05, le=60)] = 0.5
+    restart_most_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60.0
+    journal_entries: Annotated[int, msgspec.Meta(ge=100, le=1_000_000)] = 10_000

@@ -1,0 +1,136 @@
+"""The warden put together: who calls whom is read here and nowhere else."""
+
+import asyncio
+import time
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_agent.core.diff import Limits
+from edge_agent.warden.config import Config
+from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
+from edge_agent.warden.journal import Journal
+from edge_agent.warden.listener import Listener
+from edge_agent.warden.ports import Driver
+from edge_agent.warden.reconcile import Reconciler
+from edge_agent.warden.store import Store, StoreFailed
+from edge_agent.warden.verify import Refused, judge
+from skerry.runtime import lifecycle, log, nvml, sdnotify, settings
+from skerry.wire import signing
+from skerry.wire.messages import Desired
+
+logger = log.get("warden")
+
+STALLED_AFTER_S = 60.0
+"""A reconcile loop that has not looked for this long is not fed to the watchdog."""
+DRIVERS = ("docker", "gvisor", "bubblewrap")
+
+
+def make_driver(name: str, config: Config) -> Driver:
+    """The driver called ``name``; raises SettingsError."""
+    owner = f"{config.fleet}-{config.node}"
+    match name:
+        case "bubblewrap":
+            return BubblewrapDriver(config.state_dir / "bubblewrap")
+        case "docker":
+            from edge_agent.warden.drivers.docker import DockerDriver
+
+            return DockerDriver(config.state_dir / "docker", socket=config.docker_socket, owner=owner)
+        case "gvisor":
+            from edge_agent.warden.drivers.docker import DockerDriver
+
+            return DockerDriver(config.state_dir / "gvisor", socket=config.docker_socket, runtime="runsc", owner=f"{owner}-gvisor")
+        case _:
+            raise settings.SettingsError(f"drivers: {name!r} is not one of {', '.join(DRIVERS)}")
+
+
+async def working_drivers(config: Config) -> list[Driver]:
+    """The drivers that can run a sandbox here, found by trying."""
+    working = []
+    for name in config.drivers:
+        driver = make_driver(name, config)
+        reason = await driver.probe()
+        if reason:
+            logger.info("driver.absent", driver=name, reason=reason)
+        else:
+            working.append(driver)
+    return working
+
+
+def limits_of(config: Config) -> Limits:
+    """What replicas may use: the settings, else four fifths of the memory and all of the GPUs' memory."""
+    memory_bytes = config.memory_bytes
+    if not memory_bytes:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        memory_bytes = int(fields["MemTotal"].split()[0]) * 1024 * 4 // 5
+    gpu_memory_bytes = config.gpu_memory_bytes or sum(gpu.memory_mib for gpu in nvml.gpus()) * 2**20
+    return Limits(memory_bytes=memory_bytes, gpu_memory_bytes=gpu_memory_bytes)
+
+
+def trusted_keys(path: Path) -> list[Ed25519PublicKey]:
+    """The coordinator's keys, as enrolment left them. Raises SettingsError."""
+    try:
+        return signing.parse_public_keys(path.read_text())
+    except OSError as exc:
+        raise settings.SettingsError(f"trusted_keys_file: {path}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise settings.SettingsError(f"trusted_keys_file: {path}: {exc}") from exc
+
+
+async def main(config: Config, stop: asyncio.Event) -> None:
+    """Run the warden until ``stop`` is set; sandboxes are left running for the next one to adopt."""
+    trusted = trusted_keys(config.trusted_keys_file)
+    store = Store(config.state_dir)
+    journal = Journal(config.state_dir / "journal.db", most=config.journal_entries)
+
+    def judged(envelope: bytes, held: Desired | None) -> Desired:
+        return judge(envelope, trusted=trusted, fleet=config.fleet, node=config.node, held=held)
+
+    desired = None
+    try:
+        desired = store.load_desired(lambda envelope: judged(envelope, None))
+    except Refused as exc:
+        journal.add("desired.damaged", "", f"the document on disk is not used: {exc}", at_ms=time.time_ns() // 1_000_000)
+        store.set_aside_desired()
+    drivers = await working_drivers(config)
+    if not drivers:
+        journal.add("driver.none", "", f"none of {', '.join(config.drivers)} works on this box", at_ms=time.time_ns() // 1_000_000)
+    reconciler = Reconciler(config, drivers=drivers, store=store, journal=journal, limits=limits_of(config), desired=desired)
+
+    async def apply(envelope: bytes) -> None:
+        try:
+            document = judged(envelope, reconciler.desired)
+            if document != reconciler.desired:
+                store.save_desired(envelope)  # before it is acted on
+        except (Refused, StoreFailed) as exc:
+            reconciler.refuse(str(exc))
+        else:
+            reconciler.accept(document)
+
+    listener = Listener(
+        config.socket,
+        state=lambda: reconciler.state,
+        apply=apply,
+        arrived=reconciler.arrived,
+        entries_after=journal.after,
+        forget=journal.forget,
+        journal_id=journal.id,
+    )
+    announcing: set[asyncio.Task[None]] = set()
+
+    def announce(*_: object) -> None:
+        task = asyncio.create_task(listener.announce(), name="warden.announce")
+        announcing.add(task)
+        task.add_done_callback(announcing.discard)
+
+    reconciler.on_change = announce
+    journal.on_add = announce
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(reconciler.run(stop), name="warden.reconcile")
+        tasks.create_task(listener.serve(stop), name="warden.listener")
+        tasks.create_task(
+            lifecycle.feed_watchdog(stop, lambda: time.monotonic() - reconciler.looked_at < STALLED_AFTER_S), name="warden.watchdog"
+        )
+        logger.info("warden.up", drivers=[driver.name for driver in drivers], generation=desired.generation if desired else 0)
+        sdnotify.notify("READY=1")
+    journal.close()

@@ -1,0 +1,116 @@
+"""The Unix socket on which the agent speaks to the warden: lines of JSON (skerry/wire/box.py), the agent's treated as hostile."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from skerry.runtime import log
+from skerry.wire import codec
+from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, State, Taken
+
+logger = log.get("warden.listener")
+
+MAX_CONNECTIONS = 8
+SEND_TIMEOUT_S = 10.0
+
+
+class Listener:
+    """Serves the socket; what is said is handed to ``apply``, ``arrived`` and the journal's two functions."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        state: Callable[[], State | None],
+        apply: Callable[[bytes], Awaitable[None]],
+        arrived: Callable[[str, str], Awaitable[None]],
+        entries_after: Callable[[int], Entries],
+        forget: Callable[[int], None],
+        journal_id: str,
+    ) -> None:
+        self._path = path
+        self._state = state
+        self._apply = apply
+        self._arrived = arrived
+        self._entries_after = entries_after
+        self._forget = forget
+        self._journal_id = journal_id
+        self._news = asyncio.Condition()
+        self._open = 0
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Listen until ``stop`` is set."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        staging = self._path.with_name(f".{self._path.name}.new")
+        staging.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(self._serve_one, path=str(staging), limit=MAX_LINE_BYTES)
+        os.chmod(staging, 0o660)  # noqa: PTH101 - the group is the programs of this box
+        staging.rename(self._path)  # whoever sees the path can connect
+        async with server:
+            await stop.wait()
+            await self.announce()
+
+    async def announce(self) -> None:
+        """Something changed: every connection looks again."""
+        async with self._news:
+            self._news.notify_all()
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._open >= MAX_CONNECTIONS:
+            writer.close()
+            return
+        self._open += 1
+        cursor: asyncio.Queue[int] = asyncio.Queue(maxsize=16)
+        teller = asyncio.create_task(self._tell(writer, cursor), name="warden.tell")
+        try:
+            while line := await reader.readline():
+                await self._hear(codec.decode(line, FromAgent, max_bytes=MAX_LINE_BYTES), cursor)  # type: ignore[arg-type]  # a union is no type[T]
+        except (codec.Malformed, ValueError) as exc:  # ValueError: a line over the limit
+            logger.warning("agent.malformed", reason=str(exc)[:300])
+        except OSError:
+            pass  # the agent went away
+        finally:
+            self._open -= 1
+            teller.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await teller
+            writer.close()
+
+    async def _hear(self, message: FromAgent, cursor: asyncio.Queue[int]) -> None:
+        match message:
+            case Apply(envelope):
+                await self._apply(envelope)
+            case Arrived(sha256, reason):
+                await self._arrived(sha256, reason[:500])
+            case Taken(journal, seq):
+                known = seq if journal == self._journal_id else 0
+                self._forget(known)
+                await cursor.put(known)
+                await self.announce()
+
+    async def _tell(self, writer: asyncio.StreamWriter, cursor: asyncio.Queue[int]) -> None:
+        """Send the state whenever it changed, and journal entries from where the agent says it is; one batch is out at a time."""
+        told: State | None = None
+        after: int | None = None
+        while True:
+            while not cursor.empty():
+                after = cursor.get_nowait()
+            state = self._state()
+            if state is not None and state != told:
+                told = state
+                await self._send(writer, state)
+            if after is not None and (entries := self._entries_after(after)).entries:
+                after = None  # until the agent has taken these
+                await self._send(writer, entries)
+            async with self._news:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), 5)
+
+    @staticmethod
+    async def _send(writer: asyncio.StreamWriter, message: msgspec.Struct) -> None:
+        writer.write(codec.encode(message) + b"\n")
+        await asyncio.wait_for(writer.drain(), SEND_TIMEOUT_S)

@@ -1,0 +1,88 @@
+"""What the warden keeps on disk: the desired document as it was signed, and models whose bytes it has hashed itself."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from skerry.runtime import durable
+from skerry.wire.messages import Desired, ModelRef
+
+_CHUNK_BYTES = 1 << 20
+
+
+class StoreFailed(Exception):
+    """The store could not take something; the text says why."""
+
+
+class Store:
+    """``state_dir/desired.json`` and ``state_dir/models/<sha256>/model.onnx``."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._desired = state_dir / "desired.json"
+        self._models = state_dir / "models"
+        self._models.mkdir(parents=True, exist_ok=True)
+        for left_over in self._models.glob("*/.staging"):
+            left_over.unlink()
+
+    def save_desired(self, envelope: bytes) -> None:
+        """Persist before acting. Raises StoreFailed."""
+        try:
+            durable.write(self._desired, envelope)
+        except OSError as exc:
+            raise StoreFailed(f"the document can't be kept: {exc.strerror}") from exc
+
+    def load_desired(self, judge: Callable[[bytes], Desired]) -> Desired | None:
+        """The document last saved, judged anew, since the file may have been tampered with. ``judge`` raises for a bad one."""
+        try:
+            envelope = self._desired.read_bytes()
+        except FileNotFoundError:
+            return None
+        return judge(envelope)
+
+    def set_aside_desired(self) -> None:
+        """Keep a document that can't be used for a person to look at, out of the way."""
+        self._desired.replace(self._desired.with_suffix(".refused"))
+
+    def model_path(self, sha256: str) -> Path:
+        """Where an admitted model lies."""
+        return self._models / sha256 / "model.onnx"
+
+    def models(self) -> set[str]:
+        """Digests of the admitted models."""
+        return {folder.name for folder in self._models.iterdir() if (folder / "model.onnx").is_file()}
+
+    def admit(self, incoming: Path, model: ModelRef) -> None:
+        """Copy a fetched model in while hashing it, so that what was checked is what will be used. Raises StoreFailed.
+
+        The folder it comes from belongs to the agent, which may be in an enemy's hands: nothing there is used in place.
+        """
+        target = self.model_path(model.sha256)
+        staging = target.with_name(".staging")
+        try:
+            target.parent.mkdir(exist_ok=True)
+            digest, size = hashlib.sha256(), 0
+            source = os.open(incoming, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(source, "rb") as reader, staging.open("wb") as writer:
+                while chunk := reader.read(_CHUNK_BYTES):
+                    size += len(chunk)
+                    if size > model.size_bytes:
+                        break
+                    digest.update(chunk)
+                    writer.write(chunk)
+                writer.flush()
+                os.fsync(writer.fileno())
+            if size != model.size_bytes or digest.hexdigest() != model.sha256:
+                raise StoreFailed(
+                    f"model {model.name}:{model.version}: the bytes that were fetched have another digest than the one pinned"
+                )
+            staging.chmod(0o444)
+            staging.rename(target)
+            durable.sync_directory(target.parent)
+        except OSError as exc:
+            raise StoreFailed(f"model {model.name}:{model.version}: {exc.strerror}") from exc
+        finally:
+            staging.unlink(missing_ok=True)
+            if not target.exists():
+                shutil.rmtree(target.parent, ignore_errors=True)

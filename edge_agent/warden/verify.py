@@ -1,0 +1,36 @@
+"""Whether a desired document may be acted on: signed, for this box, and no older than what is already held."""
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from skerry.wire import codec, signing, topics
+from skerry.wire.messages import Desired
+
+
+class Refused(Exception):
+    """A document that changes nothing; the text says why and is reported."""
+
+
+def judge(envelope: bytes, *, trusted: list[Ed25519PublicKey], fleet: str, node: str, held: Desired | None) -> Desired:
+    """The document in ``envelope``. Raises Refused.
+
+    The document already held is accepted again: it is how a coordinator that restarts greets its boxes.
+    """
+    try:
+        desired = signing.verify(envelope, Desired, trusted, context=signing.DESIRED_CONTEXT)
+    except (signing.BadSignature, codec.Malformed) as exc:
+        raise Refused(str(exc)) from exc
+    if (desired.fleet, desired.node) != (fleet, node):
+        raise Refused(f"node: the document is for {desired.fleet}/{desired.node}, this box is {fleet}/{node}")
+    if held is not None and desired.generation < held.generation:
+        raise Refused(f"generation: {desired.generation} is older than {held.generation}, which this box holds")
+    if held is not None and desired.generation == held.generation and desired != held:
+        raise Refused(f"generation: another document of generation {desired.generation} is held already")
+    for replica in desired.replicas:
+        if not topics.is_name(replica.name):
+            raise Refused(f"replicas.name: {replica.name[:80]!r} is not a name")
+        if len(replica.model.sha256) != 64 or not set(replica.model.sha256) <= set("0123456789abcdef"):
+            raise Refused(f"replicas.model.sha256: {replica.model.sha256[:80]!r} is not a SHA-256 digest")
+    names = [replica.name for replica in desired.replicas]
+    if len(set(names)) != len(names):
+        raise Refused("replicas.name: a name is given twice")
+    return desired

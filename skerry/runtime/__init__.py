@@ -1,0 +1,1 @@
+"""What every Skerry program needs to run: settings, logs, signals, systemd, durable files."""

@@ -1,0 +1,83 @@
+"""How a Skerry program starts and stops: settings, lock, logs, signals, systemd, exit status."""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import uvloop
+
+from skerry import __version__
+from skerry.runtime import durable, log, sdnotify, settings
+
+T = TypeVar("T")
+
+EXIT_CONFIG = 78
+"""EX_CONFIG of sysexits(3): the settings are wrong, starting again will not help."""
+
+
+async def sleep_until(stop: asyncio.Event, seconds: float) -> bool:
+    """Wait for ``seconds`` or until ``stop`` is set; says whether it was set."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
+    return stop.is_set()
+
+
+async def feed_watchdog(stop: asyncio.Event, alive: Callable[[], bool]) -> None:
+    """Tell systemd that the program works for as long as ``alive`` says so."""
+    interval_s = sdnotify.watchdog_interval_s()
+    while interval_s and not await sleep_until(stop, interval_s):
+        if alive():
+            sdnotify.notify("WATCHDOG=1")
+
+
+async def _until_signalled(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await main(stop)
+    sdnotify.notify("STOPPING=1")
+
+
+def run(program: str, kind: type[T], main: Callable[[T, asyncio.Event], Awaitable[None]], *, state_dir: Callable[[T], Path | None]) -> None:
+    """Parse ``--config``, take the state directory's lock and run ``main(config, stop)`` until SIGTERM or SIGINT.
+
+    ``main`` calls ``sdnotify.notify("READY=1")`` itself once it serves, and returns soon after ``stop`` is set.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=(sys.modules["__main__"].__doc__ or "").strip())
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(f"/etc/skerry/{program.removeprefix('skerry-')}.toml"),
+        help="TOML settings (default: %(default)s)",
+    )
+    parser.add_argument("--check", action="store_true", help="check the settings and exit")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    arguments = parser.parse_args()
+    try:
+        config = settings.load(arguments.config, kind)
+    except settings.SettingsError as exc:
+        sys.stderr.write(f"{program}: {exc}\n")
+        sys.exit(EXIT_CONFIG)
+    if arguments.check:
+        sys.stdout.write(f"{arguments.config}: fine\n")
+        return
+    log.configure(program)
+    folder = state_dir(config)
+    try:
+        held = None if folder is None else durable.lock(folder, program)
+    except (durable.AlreadyRunning, OSError) as exc:
+        sys.stderr.write(f"{program}: {exc}\n")
+        sys.exit(EXIT_CONFIG)
+    try:
+        uvloop.run(_until_signalled(lambda stop: main(config, stop)))
+    except settings.SettingsError as exc:
+        sys.stderr.write(f"{program}: {exc}\n")
+        sys.exit(EXIT_CONFIG)
+    finally:
+        del held

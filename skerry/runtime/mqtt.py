@@ -1,0 +1,60 @@
+"""MQTT 5 through aiomqtt, as both ends of the fleet use it: TLS, session expiry, and the schema version on every message."""
+
+import ssl
+
+import aiomqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from skerry.runtime.settings import Broker, SettingsError
+from skerry.wire.messages import SCHEMA_VERSION
+
+SESSION_EXPIRY_S = 3600
+OPERATION_TIMEOUT_S = 10.0
+
+
+def _tls(broker: Broker) -> ssl.SSLContext | None:
+    if not broker.ca_file:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=broker.ca_file)
+        if broker.cert_file:
+            context.load_cert_chain(broker.cert_file, broker.key_file or None)
+    except OSError as exc:
+        raise SettingsError(f"broker.ca_file, cert_file or key_file: {exc}") from exc
+    return context
+
+
+def will(topic: str, payload: bytes, *, delay_s: int) -> aiomqtt.Will:
+    """A retained Last Will that the broker sends ``delay_s`` after the connection died, unless the box is back by then."""
+    properties = Properties(PacketTypes.WILLMESSAGE)
+    properties.WillDelayInterval = delay_s
+    return aiomqtt.Will(topic, payload, qos=1, retain=True, properties=properties)
+
+
+def client(broker: Broker, identifier: str, *, last_will: aiomqtt.Will | None, queue: int) -> aiomqtt.Client:
+    """A client whose incoming messages wait in a queue of at most ``queue``; with the broker it keeps its session for an hour."""
+    properties = Properties(PacketTypes.CONNECT)
+    properties.SessionExpiryInterval = SESSION_EXPIRY_S
+    return aiomqtt.Client(
+        broker.host,
+        broker.port,
+        identifier=identifier,
+        protocol=aiomqtt.ProtocolVersion.V5,
+        will=last_will,
+        clean_start=False,
+        properties=properties,
+        keepalive=broker.keepalive_s,
+        tls_context=_tls(broker),
+        timeout=OPERATION_TIMEOUT_S,
+        max_queued_incoming_messages=queue,
+    )
+
+
+def stamped(*, expiry_s: int | None = None) -> Properties:
+    """Properties of a published message: the schema's version and, for a command, when it is stale."""
+    properties = Properties(PacketTypes.PUBLISH)
+    properties.UserProperty = ("schema", str(SCHEMA_VERSION))
+    if expiry_s is not None:
+        properties.MessageExpiryInterval = expiry_s
+    return properties

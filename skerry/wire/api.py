@@ -1,0 +1,219 @@
+"""What the coordinator's REST API answers; the command line, the console and scripts read these."""
+
+from typing import Literal
+
+import msgspec
+
+from skerry.wire.messages import Gpu, GpuSample, ReplicaReport, Rung, SplitMode, Tier
+
+NodeState = Literal["online", "offline", "new"]
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """What is wrong; ``field`` and ``line`` where it lies in something that was sent, ``hint`` what to do."""
+
+    code: str
+    message: str
+    field: str = ""
+    line: int = 0
+    hint: str = ""
+
+
+class ProblemBody(msgspec.Struct, frozen=True):
+    """The one shape of every error."""
+
+    error: Problem
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """How a numbered stream of a box stands: ``missing`` may still come, ``lost`` never will, ``dropped`` the box threw away."""
+
+    stream: str
+    epoch: str
+    high: int
+    missing: int
+    lost: int
+    dropped: int
+
+
+class NodeView(msgspec.Struct, frozen=True):
+    """One box. ``generation`` is what it should do, ``reported_generation`` what it says that it does."""
+
+    id: str
+    state: NodeState
+    tier: Tier | None
+    labels: dict[str, str]
+    gateway_url: str
+    changed_at_ms: int
+    heard_at_ms: int
+    version: str = ""
+    cpus: int = 0
+    memory_bytes: int = 0
+    gpus: list[Gpu] = []
+    rungs: list[Rung] = []
+    generation: int = 0
+    reported_generation: int = 0
+    refused: str = ""
+    replicas: list[ReplicaReport] = []
+    cpu_ratio: float = 0.0
+    memory_used_bytes: int = 0
+    gpu_samples: list[GpuSample] = []
+    streams: list[Stream] = []
+
+
+class ServeView(msgspec.Struct, frozen=True):
+    """A deployment's requests over the last ``window_s`` seconds; latencies in milliseconds."""
+
+    window_s: float
+    per_second: float = 0.0
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    edge: int = 0
+    peer: int = 0
+    cloud: int = 0
+    refused: int = 0
+    failed: int = 0
+    late: int = 0
+
+
+class PlacementView(msgspec.Struct, frozen=True):
+    """A replica: where, why there, and what it in fact is. ``is_current`` says that the box runs what is wanted."""
+
+    node: str
+    replica: str
+    reason: str
+    phase: str
+    is_current: bool
+    status: str = ""
+    driver: str = ""
+    rung: Rung | None = None
+    provider: str = ""
+    restarts: int = 0
+
+
+class RefusalView(msgspec.Struct, frozen=True):
+    """A box that does not run the deployment, and why not."""
+
+    node: str
+    reason: str
+
+
+class DeploymentView(msgspec.Struct, frozen=True):
+    """One deployment; ``ready`` of ``wanted`` replicas run what generation ``generation`` asks for."""
+
+    name: str
+    generation: int
+    model: str
+    ready: int
+    wanted: int
+    placements: list[PlacementView]
+    refusals: list[RefusalView]
+    problem: str
+    deadline_ms: int
+    target: float
+    split: SplitMode
+    text: str
+    created_at_ms: int
+    changed_at_ms: int
+    serve: ServeView
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """A deployment that was taken: the planner is on it."""
+
+    name: str
+    generation: int
+    warnings: list[str] = []
+
+
+class ModelView(msgspec.Struct, frozen=True):
+    """A model version in the store."""
+
+    name: str
+    version: int
+    sha256: str
+    size_bytes: int
+    pushed_at_ms: int
+    used_by: list[str] = []
+
+
+class Pushed(msgspec.Struct, frozen=True):
+    """A model that was pushed; ``is_new`` is false where the store had it already."""
+
+    name: str
+    version: int
+    sha256: str
+    size_bytes: int
+    is_new: bool
+
+
+class EventView(msgspec.Struct, frozen=True):
+    """Something that happened; ids rise in the order in which events reached the coordinator."""
+
+    id: int
+    node: str
+    at_ms: int
+    kind: str
+    subject: str
+    text: str
+
+
+class SplitPoint(msgspec.Struct, frozen=True):
+    """Answers in one bucket that begins at ``at_s``, Unix time."""
+
+    at_s: int
+    edge: int
+    peer: int
+    cloud: int
+    refused: int
+    failed: int
+    late: int
+    p50_ms: float
+    p99_ms: float
+
+
+class SplitView(msgspec.Struct, frozen=True):
+    """Who answered over time, in buckets of ``bucket_s``."""
+
+    bucket_s: int
+    points: list[SplitPoint]
+
+
+class LoadPoint(msgspec.Struct, frozen=True):
+    """A box's averages in one bucket."""
+
+    at_s: int
+    cpu_ratio: float
+    memory_used_bytes: int
+    gpu_ratio: float
+
+
+class LoadView(msgspec.Struct, frozen=True):
+    """A box's load over time, in buckets of ``bucket_s``."""
+
+    bucket_s: int
+    points: list[LoadPoint]
+
+
+class StatusView(msgspec.Struct, frozen=True):
+    """The fleet at a glance."""
+
+    fleet: str
+    version: str
+    broker_connected: bool
+    nodes_online: int
+    nodes: int
+    deployments: int
+    deployments_ready: int
+    events: int
+    events_missing: int
+    events_lost: int
+    samples_missing: int
+    samples_lost: int
+
+
+class LoginLink(msgspec.Struct, frozen=True):
+    """A link that logs one browser in, once, within ``expires_in_s``."""
+
+    url: str
+    expires_in_s: int

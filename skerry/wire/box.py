@@ -1,0 +1,112 @@
+"""What the programs of one box say to each other: lines of JSON on the warden's socket, the route table, the gateway's totals.
+
+The agent and the warden each treat the other's lines as hostile: the agent faces the network, the warden starts things.
+"""
+
+import msgspec
+
+from skerry.wire.messages import ModelRef, Reported, Rung, SplitMode, Tier, Upstream
+
+MAX_LINE_BYTES = 1024 * 1024
+"""Longest line on the warden's socket; a desired document is at most codec.MAX_MESSAGE_BYTES."""
+
+
+class Apply(msgspec.Struct, frozen=True, tag="apply"):
+    """Agent to warden: the signed desired document as it came, byte for byte."""
+
+    envelope: bytes
+
+
+class Taken(msgspec.Struct, frozen=True, tag="taken"):
+    """Agent to warden: entries of ``journal`` up to ``seq`` stand in the outbox; send what follows. Any other journal: send all."""
+
+    journal: str
+    seq: int
+
+
+class Arrived(msgspec.Struct, frozen=True, tag="arrived"):
+    """Agent to warden: a model's bytes lie in the incoming folder, or why they can't be had (``reason``) for now."""
+
+    sha256: str
+    reason: str = ""
+
+
+FromAgent = Apply | Taken | Arrived
+
+
+class State(msgspec.Struct, frozen=True, tag="state"):
+    """Warden to agent, on connect and on each change: what to report, and the models that the box lacks."""
+
+    reported: Reported
+    needs: list[ModelRef] = []
+    rungs: list[Rung] = []
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """Something that happened in the warden; ``seq`` rises by one."""
+
+    seq: int
+    at_ms: int
+    kind: str
+    subject: str = ""
+    text: str = ""
+
+
+class Entries(msgspec.Struct, frozen=True, tag="entries"):
+    """Warden to agent: journal entries in order. ``journal`` names the journal, so that a new one is not taken for the old."""
+
+    journal: str
+    entries: list[Entry]
+    lost: int = 0
+
+
+FromWarden = State | Entries
+
+
+class LocalReplica(msgspec.Struct, frozen=True):
+    """A ready sandbox on this box; ``socket`` is the path of its worker's Unix socket."""
+
+    name: str
+    socket: str
+    concurrency: int = 1
+
+
+class Route(msgspec.Struct, frozen=True):
+    """One deployment as this box's gateway serves it."""
+
+    deployment: str
+    model: str
+    version: int
+    deadline_ms: int
+    split: SplitMode = "overflow"
+    replicas: list[LocalReplica] = []
+    upstreams: list[Upstream] = []
+
+
+class RouteTable(msgspec.Struct, frozen=True):
+    """The gateway's file: everything it may answer."""
+
+    generation: int = 0
+    routes: list[Route] = []
+
+
+class ServeTotals(msgspec.Struct, frozen=True):
+    """One deployment's counters since the gateway started; ``latency`` as in skerry.wire.latency."""
+
+    deployment: str
+    edge: int = 0
+    peer: int = 0
+    cloud: int = 0
+    refused: int = 0
+    failed: int = 0
+    late: int = 0
+    latency: dict[int, int] = {}
+
+
+class GatewayTotals(msgspec.Struct, frozen=True):
+    """What the gateway tells the agent on its Unix socket. ``started_at_ms`` tells a restart from counters that stand still."""
+
+    started_at_ms: int
+    node: str
+    tier: Tier
+    deployments: list[ServeTotals] = []

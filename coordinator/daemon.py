@@ -104,5 +104,5 @@ def make_app(config: Config, calls: Calls, views: Views, access: Access) -> web.
         return web.Response(text="alive\n")
 
     app.add_routes([web.get("/openapi.json", openapi), web.get("/healthz", healthz)])
-    pages.attach(app, views, access, fleet=config.fleet)
+    pages.attach(app, views, access, fleet=config.fleet, status=calls.status)
     return app

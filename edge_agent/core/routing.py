@@ -21,6 +21,12 @@ PROBE_AFTER_S = 1.0
 """An estimate with no measurement for this long may be wrong: one request is let through to measure again."""
 FIRST_FORWARD_MS = 20.0
 """What a forwarded request costs beyond its computing, as long as none was measured."""
+FORGET_S = 5.0
+"""A measurement of an upstream that is older says nothing."""
+DOUBT_HALVES_S = 0.5
+"""A bad spell of an upstream is believed in less and less: else it would not be tried again before it is forgotten."""
+QUEUE_CAUTION = 1.2
+"""Those in the queue before take this much longer than on average: a queue that is full is when a box is busiest."""
 
 
 class LocalView(msgspec.Struct, frozen=True):
@@ -74,14 +80,17 @@ def local_ms(view: LocalView) -> float:
     if view.slots == 0:
         return math.inf
     rounds_before = (view.running + view.waiting) // view.slots
-    return rounds_before * view.service.mean_ms + view.service.careful_ms
+    return rounds_before * view.service.mean_ms * QUEUE_CAUTION + view.service.careful_ms
 
 
 def upstream_ms(upstream: UpstreamView, service: Estimate, *, now_s: float) -> float:
     """What forwarding would take, carefully. An old or missing measurement counts as a first one would."""
-    if upstream.total.count == 0 or now_s - upstream.total.at_s > 5 * PROBE_AFTER_S:
+    total = upstream.total
+    age_s = max(0.0, now_s - total.at_s)
+    if total.count == 0 or age_s > FORGET_S:
         return FIRST_FORWARD_MS + 2 * service.mean_ms
-    return upstream.total.careful_ms
+    doubt_ms = total.careful_ms - total.mean_ms
+    return float(total.mean_ms + doubt_ms * 0.5 ** (age_s / DOUBT_HALVES_S))
 
 
 def decide(

@@ -24,6 +24,10 @@ logger = log.get("gateway.dispatch")
 RECONNECT_S = 0.1
 
 
+class TooLate(Exception):
+    """The queue took longer than was expected."""
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """A worker's answer and how long its parts took, in milliseconds."""
 
@@ -114,11 +118,19 @@ class Pool:
                 return
         self._free.append((connection, replica))
 
-    async def run(self, inputs: list[oip.Tensor], outputs: list[str]) -> Outcome:
-        """One inference on whichever replica is free first. Raises ReplicaLost; cancel it when the deadline has passed."""
+    async def run(self, inputs: list[oip.Tensor], outputs: list[str], *, until: float) -> Outcome:
+        """One inference on whichever replica is free first, done by ``until`` (time.perf_counter, seconds).
+
+        Raises ReplicaLost, and TooLate without troubling a replica where the queue took so long that it would be in vain.
+        Cancel it when the deadline has passed.
+        """
         asked = time.perf_counter()
+        must_wait = not self._free
         connection, replica = await self._slot()
         started = time.perf_counter()
+        if must_wait and (until - started) * 1000 < self.service.mean_ms:
+            self._release(connection, replica)
+            raise TooLate
         self._running += 1
         call = asyncio.ensure_future(connection.call(inputs, outputs))
         call.add_done_callback(lambda done: self._finished(done, connection, replica, started))

@@ -13,7 +13,7 @@ import msgspec
 
 from edge_agent.core.routing import Decision, Forward, Here, Refuse, decide
 from edge_agent.gateway.connection import ReplicaLost
-from edge_agent.gateway.dispatch import Outcome, Pool
+from edge_agent.gateway.dispatch import Outcome, Pool, TooLate
 from edge_agent.gateway.ledger import Account, Ledger
 from edge_agent.gateway.upstream import Reply, UpstreamFailed, Upstreams
 from skerry.wire import oip
@@ -162,6 +162,8 @@ class Service:
                         raise Refused(f"{failure}{reason}", retry_after_s)
             except ReplicaLost as exc:
                 failure = f"{exc}; "
+            except TooLate:
+                failure = "the queue here took longer than expected; "
             except UpstreamFailed as exc:
                 failure = f"{exc}; "
         raise Refused(f"{failure}{MOST_TRIES} tries failed", 1)
@@ -192,7 +194,8 @@ class Service:
         wanted = [output.name for output in arrival.request.outputs]
         try:
             async with asyncio.timeout(_remaining_ms(arrival) / 1000):
-                outcome = await pool.run(arrival.request.inputs, wanted)
+                until = arrival.started + (arrival.deadline_ms - ANSWER_MARGIN_MS) / 1000
+                outcome = await pool.run(arrival.request.inputs, wanted, until=until)
         except TimeoutError as exc:
             raise Refused(f"not done within {arrival.deadline_ms:.0f} ms", 1) from exc
         if outcome.answer.error:

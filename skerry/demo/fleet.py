@@ -148,7 +148,7 @@ routes_file = "{folder}/routes.json"\nupstream_proxy = "http://127.0.0.1:{proxy_
                 stdout=log,
                 stderr=log,
                 preexec_fn=_die_with_parent,
-                process_group=0,
+                start_new_session=True,
             )
 
     async def _wait_port(self, name: str, port: int) -> None:

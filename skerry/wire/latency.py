@@ -35,8 +35,9 @@ def merged(histograms: Iterable[Mapping[int, int]]) -> dict[int, int]:
 
 def grown(now: Mapping[int, int], before: Mapping[int, int]) -> dict[int, int]:
     """What a counting histogram gained since ``before``; a counter that fell was reset and counts from zero."""
-    grew = {bucket: count - before.get(bucket, 0) for bucket, count in now.items()}
-    return {bucket: count for bucket, count in (grew if min(grew.values(), default=0) >= 0 else dict(now)).items() if count}
+    was_reset = any(count > now.get(bucket, 0) for bucket, count in before.items())
+    old = {} if was_reset else before
+    return {bucket: grew for bucket, count in now.items() if (grew := count - old.get(bucket, 0))}
 
 
 def quantile_ms(histogram: Mapping[int, int], q: float) -> float:

@@ -2,11 +2,13 @@
 
 Sources: kserve/open-inference-protocol ``specification/protocol/inference_rest.md`` and Triton's
 ``extension_binary_data.md``. A tensor is carried as little-endian row-major bytes; BYTES elements have a 4-byte length prefix.
-numpy is imported only where JSON numbers must become bytes, so that a gateway that sees binary tensors alone stays small.
+JSON numbers become bytes through the standard library's ``array``: a gateway needs no numpy, and stays small.
 """
 
 import math
 import struct
+import sys
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +49,21 @@ NUMPY_DTYPES: dict[str, str] = {
     "FP64": "<f8",
 }
 """numpy has no bfloat16: BF16 travels as bytes alone."""
+
+ARRAY_CODES: dict[str, str] = {
+    "BOOL": "B",
+    "UINT8": "B",
+    "UINT16": "H",
+    "UINT32": "I",
+    "UINT64": "Q",
+    "INT8": "b",
+    "INT16": "h",
+    "INT32": "i",
+    "INT64": "q",
+    "FP32": "f",
+    "FP64": "d",
+}
+"""The standard library's array type codes for what has a JSON form."""
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_TENSORS = 256
@@ -261,12 +278,16 @@ def data_of_json(data: Any, datatype: str, count: int, field: str) -> bytes:
     allowed: tuple[type, ...] = {"BOOL": (bool,), "FP32": (float, int), "FP64": (float, int)}.get(datatype, (int,))
     if any(not isinstance(item, allowed) or (isinstance(item, bool) and datatype != "BOOL") for item in flat):
         raise BadRequest(f"{field}.data: an element is not {datatype}")
-    import numpy as np
-
     try:
-        return np.array(flat, dtype=NUMPY_DTYPES[datatype]).tobytes()
+        return _little_endian(array(ARRAY_CODES[datatype], flat))
     except (OverflowError, ValueError, TypeError) as exc:
         raise BadRequest(f"{field}.data: a value does not fit {datatype}") from exc
+
+
+def _little_endian(values: "array[Any]") -> bytes:
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tobytes()
 
 
 def json_of_data(tensor: Tensor) -> list[Any]:
@@ -276,12 +297,12 @@ def json_of_data(tensor: Tensor) -> list[Any]:
             return [element.decode() for element in split_bytes(tensor.data, tensor.name)]
         except UnicodeDecodeError as exc:
             raise BadRequest(f"output {tensor.name!r}: BYTES that are not UTF-8 have no JSON form, ask for binary data") from exc
-    if tensor.datatype not in NUMPY_DTYPES or tensor.datatype == "FP16":
+    if tensor.datatype not in ARRAY_CODES:
         raise BadRequest(f"output {tensor.name!r}: {tensor.datatype} has no JSON form, ask for binary data")
-    import numpy as np
-
-    values: list[Any] = np.frombuffer(tensor.data, dtype=NUMPY_DTYPES[tensor.datatype]).tolist()
-    return values
+    values: array[Any] = array(ARRAY_CODES[tensor.datatype], bytes(tensor.data))
+    if sys.byteorder == "big":
+        values.byteswap()
+    return [value != 0 for value in values] if tensor.datatype == "BOOL" else values.tolist()
 
 
 def select_outputs(request: InferRequest, outputs: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
@@ -326,3 +347,46 @@ def render_infer(
         head["id"] = request.id
     header = msgspec.json.encode(head)
     return InferResponse([header, *binary], len(header) if binary else None)
+
+
+class InferAnswer(msgspec.Struct, frozen=True):
+    """An answer as a client reads it; JSON outputs are turned into bytes too."""
+
+    model_name: str
+    model_version: str
+    id: str
+    parameters: dict[str, Any]
+    outputs: list[Tensor]
+
+
+class _AnswerJson(msgspec.Struct):
+    model_name: str
+    outputs: list[_InputJson]
+    model_version: str = ""
+    id: str = ""
+    parameters: dict[str, Any] = {}
+
+
+def parse_answer(body: Bytes, header_length: str | None) -> InferAnswer:
+    """The answer in an HTTP body, as ``parse_infer`` reads a request. Raises BadRequest for what is none."""
+    view = memoryview(body)
+    json_bytes = int(header_length) if header_length is not None and header_length.isdigit() else len(view)
+    try:
+        answer = msgspec.json.decode(view[:json_bytes], type=_AnswerJson)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise BadRequest(f"answer: {exc}") from exc
+    outputs, offset = [], json_bytes
+    for index, item in enumerate(answer.outputs):
+        tensor, offset = _parse_input(item, f"outputs[{index}]", view, offset)
+        outputs.append(tensor)
+    return InferAnswer(answer.model_name, answer.model_version, answer.id, answer.parameters, outputs)
+
+
+def render_request(tensors: Sequence[Tensor], *, timeout_us: int = 0) -> tuple[bytes, dict[str, str]]:
+    """A client's request with every tensor in binary, answers wanted in binary too: the body and its HTTP headers."""
+    inputs = [
+        {"name": t.name, "shape": list(t.shape), "datatype": t.datatype, "parameters": {"binary_data_size": len(t.data)}} for t in tensors
+    ]
+    parameters = {"binary_data_output": True} | ({"timeout": timeout_us} if timeout_us else {})
+    head = msgspec.json.encode({"inputs": inputs, "parameters": parameters})
+    return b"".join([head, *(bytes(t.data) for t in tensors)]), {HEADER_LENGTH: str(len(head)), "Content-Type": BINARY_CONTENT_TYPE}

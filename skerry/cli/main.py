@@ -1,0 +1,407 @@
+"""The operator's command line."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+from skerry import __version__
+from skerry.cli import catalogue, inference, output
+from skerry.cli.client import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, Upload, find_login, path_of, save_login
+from skerry.wire import codec, oip
+from skerry.wire.api import Accepted, DeploymentView, EventView, LoginLink, ModelView, NodeView, Pushed, StatusView
+from skerry.wire.messages import WarmupTensor
+from skerry.wire.units import format_bytes, parse_duration_ms
+
+P = ParamSpec("P")
+
+EXIT_CODES = "Exit codes: 0 done, 1 failed or not in time, 2 wrong usage, 3 nobody answers, 4 refused, 5 not found, 6 not logged in."
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help=f"Skerry: inference at the edge that stands when the link is gone.\n\n{EXIT_CODES}",
+    pretty_exceptions_enable=False,
+)
+node_app = typer.Typer(no_args_is_help=True, help="Boxes.")
+model_app = typer.Typer(no_args_is_help=True, help="Models in the store and in the catalogue.")
+deployment_app = typer.Typer(no_args_is_help=True, help="What runs where.")
+app.add_typer(node_app, name="node")
+app.add_typer(model_app, name="model")
+app.add_typer(deployment_app, name="deployment")
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+
+
+def reporting(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what goes wrong into a line for people and an exit code for scripts."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (CliError, catalogue.CatalogueError) as exc:
+            output.errors.print(f"[red]error:[/] {escape(str(exc))}", soft_wrap=True)
+            hint = getattr(exc, "hint", "")
+            if hint:
+                output.errors.print(f"  {escape(hint)}", soft_wrap=True)
+            raise typer.Exit(getattr(exc, "exit_code", EXIT_FAILED)) from exc
+
+    return wrapped
+
+
+def _coordinator() -> Coordinator:
+    return Coordinator(find_login())
+
+
+@app.command()
+@reporting
+def version() -> None:
+    """Print the version."""
+    output.console.print(f"skerry {__version__}")
+
+
+@app.command()
+@reporting
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="where all state goes")] = Path(".demo"),
+    seconds: Annotated[int, typer.Option(help="end by itself after so long, with a summary (0: go on until Ctrl-C)", min=0)] = 0,
+    broker: Annotated[str, typer.Option(help="auto, mosquitto or embedded")] = "auto",
+    driver: Annotated[str, typer.Option(help="docker, bubblewrap, or both in order of preference")] = "docker,bubblewrap",
+    plain: Annotated[bool, typer.Option("--plain", help="lines instead of a live table")] = False,
+) -> None:
+    """A whole fleet on this machine: broker, coordinator, three edge boxes and a cloud box, put to the test."""
+    from skerry.demo import show
+
+    raise typer.Exit(show.run(directory, seconds=seconds, broker_kind=broker, drivers=driver.split(","), plain=plain))
+
+
+@app.command()
+@reporting
+def login(
+    url: Annotated[str, typer.Argument(help="the coordinator's address, such as https://fleet.example:8080")],
+    token_file: Annotated[Path | None, typer.Option(help="a file that holds the token; asked for otherwise")] = None,
+) -> None:
+    """Keep a coordinator's address and token for later commands."""
+    token = token_file.read_text().strip() if token_file else typer.prompt("token", hide_input=True).strip()
+    status_now = Coordinator(Login(url, token)).call("GET", path_of("status"), StatusView)
+    path = save_login(Login(url, token))
+    output.console.print(f"logged in to fleet {status_now.fleet}; kept in {path}")
+
+
+@app.command("login-link")
+@reporting
+def login_link(as_json: Json = False) -> None:
+    """A link that logs one browser in to the console, once."""
+    link = _coordinator().call("POST", path_of("login-links"), LoginLink)
+    if as_json:
+        output.print_json(link)
+    else:
+        output.console.print(link.url, soft_wrap=True)
+
+
+@app.command()
+@reporting
+def status(as_json: Json = False) -> None:
+    """The fleet at a glance."""
+    coordinator = _coordinator()
+    view = coordinator.call("GET", path_of("status"), StatusView)
+    if as_json:
+        output.print_json(view)
+        return
+    broker = "broker connected" if view.broker_connected else "[red]broker not connected[/]"
+    output.console.print(
+        f"fleet [bold]{view.fleet}[/]  {view.nodes_online}/{view.nodes} boxes online  "
+        f"{view.deployments_ready}/{view.deployments} deployments ready  {broker}"
+    )
+    output.console.print(
+        f"{view.events} events, {view.events_missing} missing, {view.events_lost} lost; "
+        f"samples: {view.samples_missing} missing, {view.samples_lost} lost"
+    )
+    output.print_nodes(coordinator.call("GET", path_of("nodes"), list[NodeView]))
+    output.print_deployments(coordinator.call("GET", path_of("deployments"), list[DeploymentView]))
+
+
+@app.command()
+@reporting
+def events(
+    node: Annotated[str, typer.Option(help="only this box's")] = "",
+    subject: Annotated[str, typer.Option(help="only about this")] = "",
+    limit: Annotated[int, typer.Option(help="how many of the newest", min=1, max=1000)] = 50,
+    as_json: Json = False,
+) -> None:
+    """What happened lately."""
+    query = {"node": node, "subject": subject, "limit": str(limit)}
+    found = _coordinator().call("GET", path_of("events"), list[EventView], query=query)
+    if as_json:
+        output.print_json(found)
+    else:
+        output.print_events(found)
+
+
+@node_app.command("list")
+@reporting
+def node_list(as_json: Json = False) -> None:
+    """Every box."""
+    nodes = _coordinator().call("GET", path_of("nodes"), list[NodeView])
+    if as_json:
+        output.print_json(nodes)
+    else:
+        output.print_nodes(nodes)
+
+
+@node_app.command("show")
+@reporting
+def node_show(name: str, as_json: Json = False) -> None:
+    """One box: what it is, what it runs, how its telemetry stands."""
+    node = _coordinator().call("GET", path_of("nodes", name), NodeView)
+    if as_json:
+        output.print_json(node)
+    else:
+        output.print_node(node)
+
+
+@model_app.command("list")
+@reporting
+def model_list(as_json: Json = False) -> None:
+    """Every model version in the store."""
+    models = _coordinator().call("GET", path_of("models"), list[ModelView])
+    if as_json:
+        output.print_json(models)
+    else:
+        output.print_models(models)
+
+
+@model_app.command("materialise")
+@reporting
+def model_materialise(
+    names: Annotated[list[str] | None, typer.Argument(help="models of the catalogue; all where none is named")] = None,
+    catalogue_dir: Annotated[Path, typer.Option("--catalogue", help="the folder with NAME/model.toml")] = Path("models"),
+    to: Annotated[Path, typer.Option(help="where the files go, in Triton's layout")] = Path(".cache/models"),
+    as_json: Json = False,
+) -> None:
+    """Extract models from the packages that hold them, verified by digest."""
+    manifests = catalogue.read_catalogue(catalogue_dir)
+    unknown = set(names or []) - {manifest.name for manifest in manifests}
+    if unknown:
+        known = ", ".join(manifest.name for manifest in manifests) or "nothing"
+        raise CliError(
+            f"{sorted(unknown)[0]!r} is not in the catalogue {catalogue_dir}", exit_code=EXIT_NOT_FOUND, hint=f"it holds {known}"
+        )
+    done = []
+    for manifest in manifests:
+        if not names or manifest.name in names:
+            path = catalogue.materialise(manifest, to)
+            done.append({"name": manifest.name, "version": manifest.version, "path": str(path), "sha256": manifest.source.sha256})
+            if not as_json:
+                output.console.print(
+                    f"{manifest.name}:{manifest.version}  {format_bytes(manifest.source.size_bytes)}  {path}", soft_wrap=True
+                )
+    if as_json:
+        output.print_json(done)
+
+
+def push_file(coordinator: Coordinator, path: Path, name: str, number: int, warmup: list[WarmupTensor]) -> Pushed:
+    """Push one file, with a progress bar on a terminal. Raises CliError."""
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.seek(0, 2)
+            file.seek(0)
+            query = {"sha256": sha256, "warmup": codec.encode(warmup).decode()}
+            bar = Progress(
+                "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=output.errors, transient=True
+            )
+            with bar:
+                task = bar.add_task(f"{name}:{number}", total=size)
+                return coordinator.call(
+                    "PUT", path_of("models", name, "versions", number), Pushed, query=query,
+                    body=Upload(file, lambda sent: bar.advance(task, sent)), size=size, timeout_s=600,
+                )  # fmt: skip
+    except OSError as exc:
+        raise CliError(f"{path}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
+
+
+@model_app.command("push")
+@reporting
+def model_push(
+    file: Annotated[Path, typer.Argument(help="an ONNX file, or a catalogue folder with a model.toml")],
+    name: Annotated[str, typer.Option(help="the model's name")] = "",
+    number: Annotated[int, typer.Option("--version", help="the version, a whole number from 1; versions never change", min=0)] = 0,
+    warmup: Annotated[str, typer.Option(help="inputs of the warm-up run: JSON, [{name, shape, value}]")] = "[]",
+    as_json: Json = False,
+) -> None:
+    """Push a model version to the store."""
+    try:
+        tensors = codec.decode(warmup.encode(), list[WarmupTensor])
+    except codec.Malformed as exc:
+        raise CliError(f"--warmup: {exc}", exit_code=EXIT_USAGE) from exc
+    if file.is_dir():
+        manifest = catalogue.read_manifest(file / "model.toml")
+        file = catalogue.materialise(manifest, Path(".cache/models"))
+        name, number, tensors = name or manifest.name, number or manifest.version, tensors or manifest.warmup
+    if not name or not number:
+        raise CliError(
+            "give --name and --version", exit_code=EXIT_USAGE, hint="skerry model push FILE.onnx --name shelf-detector --version 1"
+        )
+    pushed = push_file(_coordinator(), file, name, number, tensors)
+    if as_json:
+        output.print_json(pushed)
+    else:
+        words = "pushed" if pushed.is_new else "was there already"
+        output.console.print(
+            f"{pushed.name}:{pushed.version} {words}  {format_bytes(pushed.size_bytes)}  sha256 {pushed.sha256}", soft_wrap=True
+        )
+
+
+@app.command()
+@reporting
+def deploy(
+    file: Annotated[Path, typer.Argument(help="a deployment in YAML or JSON; - for standard input")],
+    wait: Annotated[bool, typer.Option("--wait", help="until every replica is ready")] = False,
+    timeout: Annotated[str, typer.Option(help="how long to wait, such as 90s or 5m")] = "5m",
+    as_json: Json = False,
+) -> None:
+    """Create or change a deployment."""
+    try:
+        text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        timeout_s = parse_duration_ms(timeout) / 1000
+    except OSError as exc:
+        raise CliError(f"{file}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
+    except ValueError as exc:
+        raise CliError(f"--timeout: {exc}", exit_code=EXIT_USAGE) from exc
+    coordinator = _coordinator()
+    accepted = coordinator.call("POST", path_of("deployments"), Accepted, body=text)
+    for warning in accepted.warnings:
+        output.errors.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    view = wait_ready(coordinator, accepted, timeout_s=timeout_s) if wait else None
+    if as_json:
+        output.print_json(view or accepted)
+    elif view is not None:
+        output.print_deployment(view)
+    else:
+        output.console.print(
+            f"{accepted.name}: generation {accepted.generation} accepted; follow it with 'skerry deployment show {accepted.name}'"
+        )
+
+
+def wait_ready(coordinator: Coordinator, accepted: Accepted, *, timeout_s: float) -> DeploymentView:
+    """Wait until all of a generation is ready. Raises CliError with what is missing."""
+    deadline = time.monotonic() + timeout_s
+    with output.errors.status(f"{accepted.name}: waiting") as spinner:
+        while True:
+            view = coordinator.call("GET", path_of("deployments", accepted.name), DeploymentView)
+            spinner.update(f"{accepted.name}: {view.ready} of {view.wanted} ready")
+            planned = view.generation >= accepted.generation and view.problem != "not planned yet"
+            if planned and view.wanted and view.ready >= view.wanted:
+                return view
+            if time.monotonic() > deadline:
+                waiting = [f"{p.node}: {p.phase} {p.status}".strip() for p in view.placements if p.phase != "ready"]
+                raise CliError(
+                    f"{accepted.name}: {view.ready} of {view.wanted} replicas are ready after {timeout_s:.0f} s",
+                    hint="; ".join([view.problem, *waiting][:5]).strip("; ") or "see 'skerry explain'",
+                )
+            time.sleep(0.1)
+
+
+@deployment_app.command("list")
+@reporting
+def deployment_list(as_json: Json = False) -> None:
+    """Every deployment."""
+    views = _coordinator().call("GET", path_of("deployments"), list[DeploymentView])
+    if as_json:
+        output.print_json(views)
+    else:
+        output.print_deployments(views)
+
+
+@deployment_app.command("show")
+@reporting
+def deployment_show(name: str, as_json: Json = False) -> None:
+    """One deployment: where it runs and how it does."""
+    view = _coordinator().call("GET", path_of("deployments", name), DeploymentView)
+    if as_json:
+        output.print_json(view)
+    else:
+        output.print_deployment(view)
+
+
+@deployment_app.command("delete")
+@reporting
+def deployment_delete(name: str, as_json: Json = False) -> None:
+    """Remove a deployment from every box."""
+    accepted = _coordinator().call("DELETE", path_of("deployments", name), Accepted)
+    if as_json:
+        output.print_json(accepted)
+    else:
+        output.console.print(f"{accepted.name}: deleted; boxes drain its replicas")
+
+
+@app.command()
+@reporting
+def explain(name: str, as_json: Json = False) -> None:
+    """Why a deployment runs where it does, and why not elsewhere."""
+    coordinator = _coordinator()
+    view = coordinator.call("GET", path_of("deployments", name), DeploymentView)
+    happened = coordinator.call("GET", path_of("events"), list[EventView], query={"subject": name, "limit": "20"})
+    if as_json:
+        output.print_json({"deployment": view, "events": happened})
+        return
+    output.print_deployment(view)
+    output.print_events(happened)
+
+
+def _gateway_of(node: str) -> str:
+    """The address of a box's gateway; of the first edge box online where none is named. Raises CliError."""
+    nodes = _coordinator().call("GET", path_of("nodes"), list[NodeView])
+    fitting = [n for n in nodes if (n.id == node if node else n.state == "online") and n.gateway_url]
+    if not fitting:
+        raise CliError(f"there is no box {node!r}" if node else "no box is online", exit_code=EXIT_NOT_FOUND, hint="see 'skerry node list'")
+    return min(fitting, key=lambda n: (n.tier != "edge", n.id)).gateway_url
+
+
+@app.command()
+@reporting
+def infer(
+    model: Annotated[str, typer.Argument(help="a model's or deployment's name")],
+    request: Annotated[Path | None, typer.Argument(help="a request of the protocol in JSON; - for standard input")] = None,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="NAME=FILE.npy, instead of a request; may be repeated")] = None,
+    node: Annotated[str, typer.Option(help="the box to ask; an edge box that is online otherwise")] = "",
+    gateway: Annotated[str, typer.Option(help="the gateway's address, instead of a box's name")] = "",
+    timeout: Annotated[str, typer.Option(help="how long to wait")] = "30s",
+) -> None:
+    """Ask a box for one inference; prints the answer as JSON, who served it on standard error."""
+    if (request is None) == (not inputs):
+        raise CliError("give a request or --input", exit_code=EXIT_USAGE, hint="skerry infer NAME --input x=image.npy")
+    if inputs:
+        pairs = [entry.partition("=") for entry in inputs]
+        body, headers = oip.render_request([inference.read_npy(Path(path), name) for name, _, path in pairs])
+    else:
+        try:
+            body = sys.stdin.buffer.read() if str(request) == "-" else Path(str(request)).read_bytes()
+        except OSError as exc:
+            raise CliError(f"{request}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
+        headers = {"Content-Type": "application/json"}
+    answer = inference.infer(gateway or _gateway_of(node), model, body, headers, timeout_s=parse_duration_ms(timeout) / 1000)
+    facts = {name: answer.headers.get(name, "") for name in ("skerry-served-by", "skerry-node", "skerry-reason", "server-timing")}
+    tensors = oip.parse_answer(answer.body, answer.headers.get(oip.HEADER_LENGTH.lower()))
+    output.errors.print(escape(", ".join(f"{key}: {value}" for key, value in facts.items() if value)), soft_wrap=True)
+    outputs = [{"name": t.name, "datatype": t.datatype, "shape": t.shape, "data": oip.json_of_data(t)} for t in tensors.outputs]
+    output.print_json(
+        {"model_name": tensors.model_name, "model_version": tensors.model_version, "parameters": tensors.parameters, "outputs": outputs}
+    )
+
+
+def main() -> None:
+    """The console command ``skerry``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

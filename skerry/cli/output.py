@@ -1,0 +1,162 @@
+"""How answers look: tables for people, JSON for scripts."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from skerry.wire import codec
+from skerry.wire.api import DeploymentView, EventView, ModelView, NodeView, ServeView
+from skerry.wire.units import format_bytes
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+STATES = {"online": "[green]● online[/]", "offline": "[red]○ silent[/]", "new": "[yellow]◌ new[/]"}
+PHASES = {"ready": "[green]ready[/]", "failed": "[red]failed[/]", "backoff": "[yellow]backoff[/]"}
+
+
+def print_json(value: object) -> None:
+    """A Struct, or a list of them, on standard output."""
+    sys.stdout.write(codec.encode(value).decode() + "\n")
+
+
+def moment(at_ms: int) -> str:
+    """A local time of day, with the date where it was not today."""
+    if not at_ms:
+        return "never"
+    then = time.localtime(at_ms / 1000)
+    return time.strftime("%H:%M:%S" if then[:3] == time.localtime()[:3] else "%Y-%m-%d %H:%M:%S", then)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        right = column in ("req/s", "p50 ms", "p99 ms", "edge", "cloud", "refused", "size", "cpu", "memory")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def print_nodes(nodes: Sequence[NodeView]) -> None:
+    """A line for each box."""
+    table = _table("box", "state", "tier", "labels", "replicas", "cpu", "memory", "generation", "since")
+    for node in nodes:
+        ready = sum(1 for replica in node.replicas if replica.phase == "ready")
+        behind = "" if node.generation == node.reported_generation else f" (runs {node.reported_generation})"
+        table.add_row(
+            escape(node.id),
+            STATES[node.state],
+            node.tier or "",
+            escape(" ".join(f"{key}={value}" for key, value in sorted(node.labels.items()))),
+            f"{ready}/{len(node.replicas)}",
+            f"{node.cpu_ratio:.0%}",
+            format_bytes(node.memory_used_bytes),
+            f"{node.generation}{behind}",
+            moment(node.changed_at_ms),
+        )
+    console.print(table if nodes else "no box has joined yet")
+
+
+def print_node(node: NodeView) -> None:
+    """All of one box."""
+    console.print(f"[bold]{escape(node.id)}[/]  {STATES[node.state]} since {moment(node.changed_at_ms)}  tier {node.tier or 'unknown'}")
+    if node.state == "offline":
+        console.print(f"  last heard {moment(node.heard_at_ms)}: from here a crash can't be told from a cut link")
+    console.print(f"  gateway {escape(node.gateway_url)}   version {escape(node.version)}   sandboxes {', '.join(node.rungs) or 'unknown'}")
+    console.print(f"  {node.cpus} cores, {format_bytes(node.memory_bytes)}, {len(node.gpus)} GPUs")
+    console.print(f"  desired generation {node.generation}, reported {node.reported_generation}")
+    if node.refused:
+        console.print(f"  [red]refused:[/] {escape(node.refused)}")
+    table = _table("replica", "phase", "sandbox", "provider", "restarts", "reason")
+    for replica in node.replicas:
+        phase = PHASES.get(replica.phase, replica.phase)
+        table.add_row(
+            replica.name, phase, f"{replica.driver} ({replica.rung})", replica.provider, str(replica.restarts), escape(replica.reason)
+        )
+    console.print(table)
+    for stream in node.streams:
+        console.print(
+            f"  {stream.stream}: {stream.high} numbered, {stream.missing} missing, {stream.lost} lost, {stream.dropped} dropped by the box"
+        )
+
+
+def _served(serve: ServeView) -> list[str]:
+    total = max(1, serve.edge + serve.peer + serve.cloud)
+    return [
+        f"{serve.per_second:.1f}",
+        f"{serve.p50_ms:.1f}",
+        f"{serve.p99_ms:.1f}",
+        f"{(serve.edge + serve.peer) / total:.0%}",
+        f"{serve.cloud / total:.0%}",
+        str(serve.refused),
+    ]
+
+
+def deployments_table(deployments: Sequence[DeploymentView]) -> Table:
+    """A line for each deployment."""
+    table = _table("deployment", "model", "ready", "req/s", "p50 ms", "p99 ms", "edge", "cloud", "refused", "problem")
+    for view in deployments:
+        colour = "green" if view.ready == view.wanted and view.wanted else "yellow"
+        table.add_row(
+            escape(view.name), escape(view.model), f"[{colour}]{view.ready}/{view.wanted}[/]", *_served(view.serve), escape(view.problem)
+        )
+    return table
+
+
+def print_deployments(deployments: Sequence[DeploymentView]) -> None:
+    """A line for each deployment."""
+    console.print(deployments_table(deployments) if deployments else "nothing is deployed yet: 'skerry deploy FILE.yaml'")
+
+
+def print_deployment(view: DeploymentView) -> None:
+    """All of one deployment: where, why there, why not elsewhere."""
+    console.print(
+        f"[bold]{escape(view.name)}[/]  {escape(view.model)}  generation {view.generation}  "
+        f"ready {view.ready}/{view.wanted}  deadline {view.deadline_ms} ms  split {view.split}"
+    )
+    if view.problem:
+        console.print(f"  [yellow]{escape(view.problem)}[/]")
+    table = _table("runs on", "phase", "sandbox", "why there", "what it says")
+    for placement in view.placements:
+        phase = PHASES.get(placement.phase, placement.phase)
+        sandbox = f"{placement.driver} ({placement.rung})" if placement.driver else ""
+        table.add_row(f"{escape(placement.node)}/{placement.replica}", phase, sandbox, escape(placement.reason), escape(placement.status))
+    console.print(table)
+    if view.refusals:
+        refusals = _table("not on", "why not")
+        for refusal in view.refusals:
+            refusals.add_row(escape(refusal.node), escape(refusal.reason))
+        console.print(refusals)
+    serve = view.serve
+    rate, p50, p99, edge, cloud, refused = _served(serve)
+    console.print(
+        f"  last {serve.window_s:.0f} s: {rate} answers/s, p50 {p50} ms, p99 {p99} ms, edge {edge}, cloud {cloud}, "
+        f"{refused} refused, {serve.late} late, {serve.failed} failed"
+    )
+
+
+def print_models(models: Sequence[ModelView]) -> None:
+    """A line for each model version."""
+    table = _table("model", "size", "sha256", "pushed", "used by")
+    for model in models:
+        table.add_row(
+            f"{model.name}:{model.version}",
+            format_bytes(model.size_bytes),
+            model.sha256[:16],
+            moment(model.pushed_at_ms),
+            ", ".join(model.used_by),
+        )
+    console.print(table if models else "the store is empty: 'skerry model push FILE.onnx --name NAME --version 1'")
+
+
+def print_events(events: Sequence[EventView]) -> None:
+    """Oldest first, as a log reads."""
+    table = _table("at", "box", "event", "about", "what")
+    for event in reversed(events):
+        table.add_row(
+            moment(event.at_ms), escape(event.node or "coordinator"), escape(event.kind), escape(event.subject), escape(event.text)
+        )
+    console.print(table)

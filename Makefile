@@ -1,19 +1,37 @@
-# `make test` and `make demo` do all their own set-up in .venv.
+# `make demo` and `make test` do all their own set-up in .venv.
+SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DIR ?= .demo
+SECONDS ?= 0
+DEMO_OPTIONS ?=
 
-.PHONY: help setup check fix test lock clean
+# What pip says, as one line a package.
+SHOW := sed -u -n -E 's/^ *Collecting ([A-Za-z0-9._-]+).*/  fetching \1/p; s/^(Installing collected packages).*/  installing/p; /^ERROR/p'
+
+.PHONY: help demo setup check fix test lock schema clean
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(VENV)/.test-installed: requirements/test.txt pyproject.toml
+demo: $(VENV)/.demo-installed ## a whole fleet on this machine; SECONDS=60 ends by itself, DIR= says where its state goes
+	@$(BIN)/skerry demo --dir "$(DIR)" --seconds "$(SECONDS)" $(DEMO_OPTIONS)
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Skerry needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
-	@echo "set-up: installing the locked requirements into $(VENV)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qqq --disable-pip-version-check --require-hashes -r requirements/test.txt
-	@$(BIN)/python -m pip install -qqq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-installed: requirements/demo.txt pyproject.toml | $(BIN)/python
+	@echo "set-up: the locked requirements go into $(VENV)"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --require-hashes -r requirements/demo.txt 2>&1 | $(SHOW)
+	@$(BIN)/python -m pip install -qqq --disable-pip-version-check --no-deps --no-build-isolation --editable . 2>/dev/null
 	@touch $@
+
+$(VENV)/.test-installed: requirements/test.txt pyproject.toml | $(BIN)/python
+	@echo "set-up: the locked requirements for development go into $(VENV)"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --require-hashes -r requirements/test.txt 2>&1 | $(SHOW)
+	@$(BIN)/python -m pip install -qqq --disable-pip-version-check --no-deps --no-build-isolation --editable . 2>/dev/null
+	@touch $@ $(VENV)/.demo-installed
 
 setup: $(VENV)/.test-installed ## install everything that developing needs
 
@@ -33,6 +51,9 @@ test: check ## the checks and every test; ends with what was not run and why
 lock: ## resolve the requirements again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu --extra demo --group build pyproject.toml -o requirements/demo.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu --extra demo --group build --group test -c requirements/demo.txt pyproject.toml -o requirements/test.txt
+
+schema: setup ## write skerry/wire/schema.json again, after SCHEMA_VERSION was raised
+	$(BIN)/python -m skerry.wire.schema > skerry/wire/schema.json.new && mv skerry/wire/schema.json.new skerry/wire/schema.json
 
 clean: ## remove everything made here
 	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

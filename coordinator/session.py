@@ -49,7 +49,7 @@ class FleetSession:
         while not stop.is_set():
             try:
                 size = self._queue.maxsize
-                async with mqtt.client(self._broker, f"{self._fleet}-coordinator", last_will=None, queue=size) as client:
+                async with mqtt.connected(self._broker, f"{self._fleet}-coordinator", last_will=None, queue=size) as client:
                     logger.info("broker.connected", broker=self._broker.host, port=self._broker.port)
                     attempt = 0
                     await self._converse(client, stop)

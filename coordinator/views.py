@@ -77,6 +77,8 @@ class Views:
             cpu_ratio=sample.cpu_ratio if sample else 0.0,
             memory_used_bytes=sample.memory_used_bytes if sample else 0,
             gpu_samples=sample.gpus if sample else [],
+            outbox_events=sample.outbox_events if sample else 0,
+            outbox_samples=sample.outbox_samples if sample else 0,
             streams=[
                 Stream(a.stream, a.epoch, a.numbering.high, a.numbering.missing, a.numbering.lost, a.dropped)
                 for a in streams

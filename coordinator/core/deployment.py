@@ -9,6 +9,8 @@ from skerry.wire import topics, units
 from skerry.wire.messages import Rung, SplitMode, Tier
 
 MAX_TEXT_BYTES = 64 * 1024
+MAX_DEPTH = 16
+"""Of brackets in brackets. A file of nothing but brackets takes the YAML parser minutes."""
 MAX_NAME = 48
 """Leaves room for a replica's number in 63 characters."""
 
@@ -127,7 +129,7 @@ class Deployment(msgspec.Struct, frozen=True):
 
 def parse(text: str) -> Deployment:
     """The deployment in ``text``. Raises DeploymentError."""
-    if len(text.encode()) > MAX_TEXT_BYTES:
+    if len(text.encode(errors="replace")) > MAX_TEXT_BYTES:
         raise DeploymentError(f"the file has more than {MAX_TEXT_BYTES} bytes")
     value, lines = _read_yaml(text)
     try:
@@ -145,15 +147,17 @@ def parse(text: str) -> Deployment:
 def _read_yaml(text: str) -> tuple[Any, dict[str, int]]:
     """The value, and the line of each key's path. Aliases are refused: they are how a short file becomes a huge one."""
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise DeploymentError("aliases are not accepted", line=event.start_mark.line + 1 if event.start_mark else 0)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if reason := _not_accepted(event, depth):
+                raise DeploymentError(reason, line=event.start_mark.line + 1 if event.start_mark else 0)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
     except yaml.MarkedYAMLError as exc:
         line = exc.problem_mark.line + 1 if exc.problem_mark else 0
         raise DeploymentError(f"not YAML: {exc.problem or 'unreadable'}", line=line) from exc
-    except (yaml.YAMLError, RecursionError, ValueError) as exc:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as exc:
         if isinstance(exc, DeploymentError):
             raise
         raise DeploymentError(f"not YAML: {str(exc)[:200]}") from exc
@@ -164,10 +168,25 @@ def _read_yaml(text: str) -> tuple[Any, dict[str, int]]:
     return value, lines
 
 
+def _not_accepted(event: Any, depth: int) -> str:
+    """Why a part of a YAML file that is well formed is refused; empty where it is not."""
+    if isinstance(event, yaml.AliasEvent):
+        return "aliases are not accepted"
+    if getattr(event, "tag", None) is not None:
+        return "tags are not accepted"  # PyYAML trips over some, such as an empty !!int
+    if depth > MAX_DEPTH:
+        return f"nested more than {MAX_DEPTH} deep"
+    if isinstance(event, yaml.ScalarEvent) and any("\ud800" <= character <= "\udfff" for character in event.value):
+        return "holds half a character (a lone surrogate)"
+    return ""
+
+
 def _note_lines(node: Any, path: str, lines: dict[str, int]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             below = f"{path}.{key.value}" if path else str(key.value)
+            if key.tag != "tag:yaml.org,2002:str":
+                raise DeploymentError("a key must be text: put it in quotes", field=below, line=key.start_mark.line + 1)
             if below in lines:
                 raise DeploymentError("the key is given twice", field=below, line=key.start_mark.line + 1)
             lines[below] = key.start_mark.line + 1

@@ -1,16 +1,34 @@
 """Whether bytes are a whole ONNX model in one file, told without building anything from them.
 
-Walks the protobuf wire format (protobuf.dev/programming-guides/encoding) along the few fields that matter (onnx/onnx.proto3:
-ModelProto.ir_version = 1, graph = 7; GraphProto.initializer = 5; TensorProto.external_data = 13, StringStringEntryProto.key = 1,
-value = 2). The model itself is parsed in a sandbox only. Pure.
+Walks the protobuf wire format (protobuf.dev/programming-guides/encoding) along the fields that lead to tensors, wherever one may
+stand (onnx/onnx.proto3); the model itself is parsed in a sandbox only. Pure.
 """
 
 from collections.abc import Iterator
+from itertools import count
 
 Buffer = memoryview
 
-MAX_DEPTH_FIELDS = 2_000_000
+MAX_FIELDS = 20_000_000
 """Fields looked at before giving up on a file."""
+MAX_PATH = 120
+"""Characters that are kept of where something stands."""
+
+_GRAPH, _NODE, _ATTRIBUTE, _TENSOR, _SPARSE, _FUNCTION, _TRAINING, _EXTERNAL = range(8)
+_MODEL_PARTS = {7: ("graph", _GRAPH), 20: ("training_info", _TRAINING), 25: ("functions", _FUNCTION)}
+_PARTS: dict[int, dict[int, tuple[str, int]]] = {
+    _GRAPH: {1: ("node", _NODE), 5: ("initializer", _TENSOR), 15: ("sparse_initializer", _SPARSE)},
+    _NODE: {5: ("attribute", _ATTRIBUTE)},
+    _ATTRIBUTE: {
+        5: ("t", _TENSOR), 6: ("g", _GRAPH), 10: ("tensors", _TENSOR), 11: ("graphs", _GRAPH),
+        22: ("sparse_tensor", _SPARSE), 23: ("sparse_tensors", _SPARSE),
+    },
+    _TENSOR: {13: ("external_data", _EXTERNAL)},
+    _SPARSE: {1: ("values", _TENSOR), 2: ("indices", _TENSOR)},
+    _FUNCTION: {7: ("node", _NODE), 11: ("attribute_proto", _ATTRIBUTE)},
+    _TRAINING: {1: ("initialization", _GRAPH), 2: ("algorithm", _GRAPH)},
+}  # fmt: skip
+"""By message, which of its fields hold what."""
 
 
 class NotOnnx(ValueError):
@@ -21,33 +39,40 @@ def check(data: Buffer) -> None:
     """Raises NotOnnx for a file that is empty, truncated, of another kind, or that leans on files beside it."""
     if not data:
         raise NotOnnx("the file is empty")
+    seen = count()
     has_version = has_graph = False
-    for number, kind, value in _fields(data, "the file"):
+    for number, kind, value in _fields(data, "the file", seen):
         if number == 1 and kind == 0:
             has_version = True
-        elif number == 7 and kind == 2:
-            has_graph = True
-            _check_graph(value)
+        elif number in _MODEL_PARTS and kind == 2:
+            has_graph = has_graph or number == 7
+            _check_part(value, *_MODEL_PARTS[number], seen)
     if not (has_version and has_graph):
         raise NotOnnx("the file is not an ONNX model: it has no " + ("graph" if has_version else "ir_version"))
 
 
-def _check_graph(graph: Buffer) -> None:
-    for number, kind, tensor in _fields(graph, "graph"):
-        if number == 5 and kind == 2:
-            for inner, inner_kind, entry in _fields(tensor, "graph.initializer"):
-                if inner == 13 and inner_kind == 2:
-                    _refuse_external(entry)
+def _check_part(data: Buffer, path: str, message: int, seen: Iterator[int]) -> None:
+    """Look through a part and all that lies in it. Not recursive: graphs may lie in graphs as deep as a file likes."""
+    parts = [(data, path, message)]
+    while parts:
+        data, path, message = parts.pop()
+        if message == _EXTERNAL:
+            _refuse_external(data, path, seen)
+            continue
+        for number, kind, value in _fields(data, path, seen):
+            if kind == 2 and number in _PARTS[message]:
+                name, below = _PARTS[message][number]
+                parts.append((value, f"{path}.{name}"[-MAX_PATH:], below))
 
 
-def _refuse_external(entry: Buffer) -> None:
-    pair = {number: bytes(value[:200]).decode(errors="replace") for number, kind, value in _fields(entry, "external_data") if kind == 2}
+def _refuse_external(entry: Buffer, path: str, seen: Iterator[int]) -> None:
+    pair = {number: bytes(value[:200]).decode(errors="replace") for number, kind, value in _fields(entry, path, seen) if kind == 2}
     if pair.get(1) != "location":
         return
     location = pair.get(2, "")
     outside = location.startswith("/") or ".." in location.split("/") or "\\" in location
     where = "lies outside the model's folder" if outside else "is not part of the push"
-    raise NotOnnx(f"graph.initializer.external_data.location: {location[:120]!r} {where}; save the model as a single file")
+    raise NotOnnx(f"{path}.location: {location[:120]!r} {where}; save the model as a single file")
 
 
 def _varint(data: Buffer, at: int, where: str) -> tuple[int, int]:
@@ -63,13 +88,12 @@ def _varint(data: Buffer, at: int, where: str) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(data: Buffer, where: str) -> Iterator[tuple[int, int, Buffer]]:
+def _fields(data: Buffer, where: str, seen: Iterator[int]) -> Iterator[tuple[int, int, Buffer]]:
     """Number, wire type and bytes (empty for numbers) of each field."""
-    at = seen = 0
+    at = 0
     while at < len(data):
-        seen += 1
-        if seen > MAX_DEPTH_FIELDS:
-            raise NotOnnx(f"{where}: more than {MAX_DEPTH_FIELDS} fields")
+        if next(seen) >= MAX_FIELDS:
+            raise NotOnnx(f"{where}: more than {MAX_FIELDS} fields")
         key, at = _varint(data, at, where)
         number, kind = key >> 3, key & 7
         if number == 0:

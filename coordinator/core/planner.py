@@ -139,13 +139,16 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
     """The plan for all boxes. ``wanted`` in order of age; ``before`` is what each box was last told to do."""
     ordered = sorted(nodes, key=lambda node: node.id)
     free = {node.id: _Free(node) for node in ordered}
-    ran = {(node_id, replica.name) for node_id, box in before.items() for replica in box.replicas}
+    homes: dict[str, set[str]] = {}
+    for node_id, box in before.items():
+        for replica in box.replicas:
+            homes.setdefault(replica.name, set()).add(node_id)
     by_id = {node.id: node for node in ordered}
     outcomes: dict[str, Outcome] = {}
     replicas: dict[str, list[ReplicaSpec]] = {node.id: [] for node in ordered}
     hosts: dict[str, list[Node]] = {}
     for want in wanted:
-        outcome = _place(want, ordered, free, ran)
+        outcome = _place(want, ordered, free, homes)
         outcomes[want.spec.name] = outcome
         hosts[want.spec.name] = [by_id[node] for node in sorted({placement.node for placement in outcome.placements})]
         for placement in outcome.placements:
@@ -161,8 +164,8 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
     return Plan(boxes, outcomes)
 
 
-def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], ran: set[tuple[str, str]]) -> Outcome:
-    """Find places for one deployment; ``ran`` holds (box, replica) of what runs now."""
+def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, set[str]]) -> Outcome:
+    """Find places for one deployment; ``homes`` are, by replica, the boxes that run it now."""
     spec = want.spec
     asked = spec.replicas.count or 0
     if want.model is None:
@@ -174,7 +177,7 @@ def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], ran: set
         asked = spec.replicas.per_node * len(fitting)
         placements = _place_on_each(spec, spec.replicas.per_node, fitting, free)
     else:
-        placements = _place_count(spec, asked, fitting, free, ran)
+        placements = _place_count(spec, asked, fitting, free, homes)
     used = {placement.node for placement in placements}
     for node in fitting:
         if free[node.id].room_for(spec) < 1 and (node.id not in used or spec.replicas.per_node is not None):
@@ -199,21 +202,29 @@ def _place_on_each(spec: Deployment, per_node: int, fitting: Sequence[Node], fre
 
 
 def _place_count(
-    spec: Deployment, asked: int, fitting: Sequence[Node], free: dict[str, _Free], ran: set[tuple[str, str]]
+    spec: Deployment, asked: int, fitting: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, set[str]]
 ) -> list[Placement]:
-    """Each replica where it ran before if it may, else on the box with the fewest of this deployment and the most room."""
-    placements: list[Placement] = []
-    for index in range(asked):
-        name = f"{spec.name}-{index}"
-        candidates = [node for node in fitting if free[node.id].room_for(spec) >= 1]
-        if not candidates:
-            break
-        used = Counter(placement.node for placement in placements)
-        best = min(candidates, key=lambda n: ((n.id, name) not in ran, used[n.id], not n.online, -free[n.id].memory_bytes, n.id))
-        free[best.id].take(spec)
-        reason = "ran there already" if (best.id, name) in ran else "most room"
-        placements.append(Placement(best.id, name, f"{_why(best, spec)}; {reason}"))
-    return placements
+    """Each replica where it ran before if it may, else on the box with the fewest of this deployment and the most room.
+
+    Those that stay are placed first, so that none loses its room to one that has to move.
+    """
+    names = [f"{spec.name}-{index}" for index in range(asked)]
+    placed: dict[str, Placement] = {}
+    used: Counter[str] = Counter()
+    for stays in (True, False):
+        for name in names:
+            if name in placed or (stays and name not in homes):
+                continue
+            candidates = [n for n in fitting if free[n.id].room_for(spec) >= 1 and (not stays or n.id in homes[name])]
+            if not candidates and stays:
+                continue
+            if not candidates:
+                break
+            best = min(candidates, key=lambda n: (used[n.id], not n.online, -free[n.id].memory_bytes, n.id))
+            free[best.id].take(spec)
+            used[best.id] += 1
+            placed[name] = Placement(best.id, name, f"{_why(best, spec)}; {'ran there already' if stays else 'most room'}")
+    return [placed[name] for name in names if name in placed]
 
 
 def _why(node: Node, spec: Deployment) -> str:

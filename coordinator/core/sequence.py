@@ -35,16 +35,21 @@ def take(numbering: Numbering, seq: int) -> tuple[Numbering, bool]:
         gaps = numbering.gaps
         if seq > numbering.high + 1:
             gaps = (*gaps, (numbering.high + 1, seq - 1))
-        lost = numbering.lost
-        if len(gaps) > MOST_GAPS:
-            lost += gaps[0][1] - gaps[0][0] + 1
-            gaps = gaps[1:]
-        return Numbering(seq, gaps, lost), True
+        return _bounded(Numbering(seq, gaps, numbering.lost)), True
     for index, (first, last) in enumerate(numbering.gaps):
         if first <= seq <= last:
             parts = [part for part in ((first, seq - 1), (seq + 1, last)) if part[0] <= part[1]]
-            return Numbering(numbering.high, (*numbering.gaps[:index], *parts, *numbering.gaps[index + 1 :]), numbering.lost), True
+            gaps = (*numbering.gaps[:index], *parts, *numbering.gaps[index + 1 :])
+            return _bounded(Numbering(numbering.high, gaps, numbering.lost)), True
     return numbering, False
+
+
+def _bounded(numbering: Numbering) -> Numbering:
+    """With at most MOST_GAPS gaps; each step adds one at the most."""
+    if len(numbering.gaps) <= MOST_GAPS:
+        return numbering
+    first, last = numbering.gaps[0]
+    return Numbering(numbering.high, numbering.gaps[1:], numbering.lost + last - first + 1)
 
 
 def give_up(numbering: Numbering, oldest: int) -> Numbering:

@@ -105,6 +105,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         gateway_socket=config.gateway_socket,
         epoch=outbox.epoch,
         next_seq=outbox.next_sample_seq,
+        outbox_depth=outbox.depth,
         offer=session.offer,
     )
     session.say_event("agent.started", config.node, f"version {__version__}")

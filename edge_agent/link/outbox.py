@@ -42,6 +42,8 @@ class Outbox:
         try:
             self._db = self._open(path)
         except sqlite3.DatabaseError as exc:
+            if isinstance(exc, sqlite3.OperationalError) and exc.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+                raise  # a full or locked disk, not a damaged file: what it holds stays
             aside = path.with_name(f"{path.name}.corrupt-{uuid.uuid4().hex[:6]}")
             path.replace(aside)
             for suffix in ("-wal", "-shm"):
@@ -54,12 +56,16 @@ class Outbox:
         # Samples are written without fsync: after a power cut the next number must still be one that was never used.
         self._sample_seq: int = max(row[1], newest)
         self._unwritten_samples = 0
+        self._unwritten_events = 0
 
     @staticmethod
     def _open(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, isolation_level=None, timeout=5)
-        db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; {_SCHEMA}")
-        if db.execute("SELECT count(*) FROM box").fetchone()[0] == 0:
+        # EXCLUSIVE: nobody else opens the file, and so a full disk, which has no room for a -shm file, does not keep it shut.
+        db.executescript(f"PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; {_SCHEMA}")
+        if (damage := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(damage)
+        if db.execute("SELECT count(epoch) FROM box").fetchone()[0] == 0:
             db.execute("INSERT INTO box VALUES (?, 0, 0, 0, 0, '', 0)", (uuid.uuid4().hex[:12],))
         return db
 
@@ -80,14 +86,23 @@ class Outbox:
 
     def add_event(self, kind: str, subject: str = "", text: str = "", *, at_ms: int) -> None:
         """Number an event and keep it. Raises OutboxFailed."""
-        self._write_events([(at_ms, kind, subject, text)], None)
+        try:
+            self._write_events([(at_ms, kind, subject, text)], None)
+        except OutboxFailed:
+            self._unwritten_events += 1
+            raise
 
     def add_entries(self, journal: str, entries: list[Entry]) -> None:
         """Take over what happened in the warden, each entry once whatever is repeated. Raises OutboxFailed."""
         held_journal, held_seq = self.journal_position()
-        fresh = [entry for entry in entries if journal != held_journal or entry.seq > held_seq]
+        reached = held_seq if journal == held_journal else 0
+        fresh = []
+        for entry in sorted(entries, key=lambda entry: entry.seq):
+            if entry.seq > reached:
+                fresh.append((entry.at_ms, entry.kind, entry.subject, entry.text))
+                reached = entry.seq
         if fresh:
-            self._write_events([(e.at_ms, e.kind, e.subject, e.text) for e in fresh], (journal, fresh[-1].seq))
+            self._write_events(fresh, (journal, reached))
 
     def journal_position(self) -> tuple[str, int]:
         """The warden's journal and the last of its entries that stands here."""
@@ -104,8 +119,9 @@ class Outbox:
                 dropped = self._db.execute(
                     "DELETE FROM events WHERE seq <= (SELECT max(seq) FROM events) - ?", (self._most_events,)
                 ).rowcount
-                if dropped:
-                    self._db.execute("UPDATE box SET events_lost = events_lost + ?", (dropped,))
+                if dropped + self._unwritten_events:
+                    self._db.execute("UPDATE box SET events_lost = events_lost + ?", (dropped + self._unwritten_events,))
+            self._unwritten_events = 0
         except sqlite3.OperationalError as exc:
             raise OutboxFailed(str(exc)) from exc
 
@@ -136,7 +152,7 @@ class Outbox:
     def lost(self) -> tuple[int, int]:
         """How many events and samples were ever dropped."""
         row = self._db.execute("SELECT events_lost, samples_lost FROM box").fetchone()
-        return row[0], row[1] + self._unwritten_samples
+        return row[0] + self._unwritten_events, row[1] + self._unwritten_samples
 
     # -- samples
 

@@ -119,7 +119,7 @@ class Session:
                     codec.encode(Presence(False, self._birth(epoch).boot_id, epoch)),
                     delay_s=self._will_delay_s,
                 )
-                async with mqtt.client(self._broker, f"{self._fleet}-{self._node}", last_will=last_will, queue=QUEUE) as client:
+                async with mqtt.connected(self._broker, f"{self._fleet}-{self._node}", last_will=last_will, queue=QUEUE) as client:
                     was_up, attempt = True, 0
                     self.say_event("link.up", self._broker.host, f"session {epoch}, after {time.monotonic() - lost_at:.1f} s")
                     await self._converse(client, epoch, stop)

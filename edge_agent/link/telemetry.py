@@ -45,12 +45,20 @@ class Telemetry:
     """Reads every ``every_s`` and hands each reading to ``offer``."""
 
     def __init__(
-        self, *, every_s: float, gateway_socket: Path, epoch: str, next_seq: Callable[[], int], offer: Callable[[Sample], Awaitable[None]]
+        self,
+        *,
+        every_s: float,
+        gateway_socket: Path,
+        epoch: str,
+        next_seq: Callable[[], int],
+        outbox_depth: Callable[[], tuple[int, int]],
+        offer: Callable[[Sample], Awaitable[None]],
     ) -> None:
         self._every_s = every_s
         self._gateway_socket = gateway_socket
         self._epoch = epoch
         self._next_seq = next_seq
+        self._outbox_depth = outbox_depth
         self._offer = offer
         self._before: GatewayTotals | None = None
         self._has_gpus = bool(nvml.gpus())
@@ -68,6 +76,7 @@ class Telemetry:
         totals = await self._ask(session)
         if totals is not None:
             serve, self._before = since(totals, self._before), totals
+        events, samples = self._outbox_depth()
         return Sample(
             epoch=self._epoch,
             seq=self._next_seq(),
@@ -76,6 +85,8 @@ class Telemetry:
             memory_used_bytes=psutil.virtual_memory().used,
             gpus=await asyncio.to_thread(nvml.samples) if self._has_gpus else [],
             serve=[sample for sample in serve if any((sample.latency, sample.refused, sample.failed, sample.late))],
+            outbox_events=events,
+            outbox_samples=samples,
         )
 
     async def _ask(self, session: aiohttp.ClientSession) -> GatewayTotals | None:

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_agent.core.diff import Limits
 from edge_agent.warden.config import Config
 from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
+from edge_agent.warden.drivers.docker import DockerDriver
 from edge_agent.warden.journal import Journal
 from edge_agent.warden.listener import Listener
 from edge_agent.warden.ports import Driver
@@ -33,12 +34,8 @@ def make_driver(name: str, config: Config) -> Driver:
         case "bubblewrap":
             return BubblewrapDriver(config.state_dir / "bubblewrap")
         case "docker":
-            from edge_agent.warden.drivers.docker import DockerDriver
-
             return DockerDriver(config.state_dir / "docker", socket=config.docker_socket, owner=owner)
         case "gvisor":
-            from edge_agent.warden.drivers.docker import DockerDriver
-
             return DockerDriver(config.state_dir / "gvisor", socket=config.docker_socket, runtime="runsc", owner=f"{owner}-gvisor")
         case _:
             raise settings.SettingsError(f"drivers: {name!r} is not one of {', '.join(DRIVERS)}")

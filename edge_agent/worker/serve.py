@@ -66,6 +66,7 @@ def serve(path: Path, session: Session, hello: ipc.Hello) -> None:
         staging.unlink(missing_ok=True)
         listener.bind(str(staging))
         listener.listen(MAX_CONNECTIONS)
+        staging.chmod(0o660)  # the gateway is another user of the same group
         staging.rename(path)  # whoever sees the path can connect
         while True:
             slots.acquire()

@@ -16,6 +16,8 @@ from skerry.runtime import durable, log, sdnotify, settings
 
 T = TypeVar("T")
 
+STOP_BUDGET_S = 6.0
+"""What a program may take to end by itself after SIGTERM; then whatever it waits for is cut short. Under the units' TimeoutStopSec."""
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits(3): the settings are wrong, starting again will not help."""
 
@@ -40,8 +42,18 @@ async def _until_signalled(main: Callable[[asyncio.Event], Awaitable[None]]) -> 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await main(stop)
+    working = asyncio.ensure_future(main(stop))
+    stopping = asyncio.create_task(stop.wait(), name="lifecycle.stop")
+    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
     sdnotify.notify("STOPPING=1")
+    if not working.done():
+        await asyncio.wait([working], timeout=STOP_BUDGET_S)
+    if not working.done():
+        log.get("lifecycle").warning("stop.forced", after_s=STOP_BUDGET_S)
+        working.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working
 
 
 def run(program: str, kind: type[T], main: Callable[[T, asyncio.Event], Awaitable[None]], *, state_dir: Callable[[T], Path | None]) -> None:

@@ -1,6 +1,8 @@
 """MQTT 5 through aiomqtt, as both ends of the fleet use it: TLS, session expiry, and the schema version on every message."""
 
+import contextlib
 import ssl
+from collections.abc import AsyncIterator
 
 import aiomqtt
 from paho.mqtt.packettypes import PacketTypes
@@ -10,6 +12,8 @@ from skerry.runtime.settings import Broker, SettingsError
 from skerry.wire.messages import SCHEMA_VERSION
 
 SESSION_EXPIRY_S = 3600
+CONNECT_TIMEOUT_S = 4.0
+"""How long an answer to CONNECT may take; aiomqtt waits all of it when the connection breaks before the answer."""
 OPERATION_TIMEOUT_S = 10.0
 
 
@@ -32,11 +36,15 @@ def will(topic: str, payload: bytes, *, delay_s: int) -> aiomqtt.Will:
     return aiomqtt.Will(topic, payload, qos=1, retain=True, properties=properties)
 
 
-def client(broker: Broker, identifier: str, *, last_will: aiomqtt.Will | None, queue: int) -> aiomqtt.Client:
-    """A client whose incoming messages wait in a queue of at most ``queue``; with the broker it keeps its session for an hour."""
+@contextlib.asynccontextmanager
+async def connected(broker: Broker, identifier: str, *, last_will: aiomqtt.Will | None, queue: int) -> AsyncIterator[aiomqtt.Client]:
+    """A connected client whose incoming messages wait in a queue of at most ``queue``; the broker keeps its session for an hour.
+
+    Raises aiomqtt.MqttError when the broker does not answer and when it is lost.
+    """
     properties = Properties(PacketTypes.CONNECT)
     properties.SessionExpiryInterval = SESSION_EXPIRY_S
-    return aiomqtt.Client(
+    client = aiomqtt.Client(
         broker.host,
         broker.port,
         identifier=identifier,
@@ -46,9 +54,12 @@ def client(broker: Broker, identifier: str, *, last_will: aiomqtt.Will | None, q
         properties=properties,
         keepalive=broker.keepalive_s,
         tls_context=_tls(broker),
-        timeout=OPERATION_TIMEOUT_S,
+        timeout=CONNECT_TIMEOUT_S,
         max_queued_incoming_messages=queue,
     )
+    async with client:
+        client.timeout = OPERATION_TIMEOUT_S
+        yield client
 
 
 def stamped(*, expiry_s: int | None = None) -> Properties:

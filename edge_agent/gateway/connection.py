@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -9,7 +10,9 @@ from skerry.wire import codec, ipc, oip
 
 HELLO_TIMEOUT_S = 10.0
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
-"""A whole image goes to the worker in one system call."""
+"""A whole image goes to the worker in as few system calls as the kernel's own limit allows."""
+RECEIVE_BYTES = 64 * 1024
+"""Frames up to this size arrive with one system call; a larger one gets a buffer of its own."""
 
 
 class ReplicaLost(Exception):
@@ -17,18 +20,19 @@ class ReplicaLost(Exception):
 
 
 class WorkerConnection(asyncio.BufferedProtocol):
-    """Reads each frame into a buffer of its own, made once its size is known, so that an answer is never copied."""
+    """Speaks skerry.wire.ipc. ``closed`` is done once the connection is lost; ``retired`` ones take no further call."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self._transport: asyncio.WriteTransport | None = None
         self._hello: asyncio.Future[ipc.Hello] = loop.create_future()
         self._answer: asyncio.Future[tuple[ipc.Answer, memoryview]] | None = None
+        self._on_free: Callable[[], None] | None = None
         self._call = 0
         self.closed: asyncio.Future[None] = loop.create_future()
         self.retired = False
-        self._sizes: tuple[int, int] | None = None
-        self._buffer = memoryview(bytearray(ipc.PREFIX.size))
+        self._small = memoryview(bytearray(RECEIVE_BYTES))
+        self._buffer = self._small
         self._filled = 0
 
     @classmethod
@@ -42,19 +46,20 @@ class WorkerConnection(asyncio.BufferedProtocol):
         except (OSError, TimeoutError) as exc:
             raise ReplicaLost(f"{path.parent.name}: {exc}") from exc
 
-    async def call(self, inputs: list[oip.Tensor], outputs: list[str]) -> tuple[ipc.Answer, list[oip.Tensor]]:
-        """One inference. Raises ReplicaLost. Cancelling the caller leaves the connection busy until the answer came."""
+    def call(
+        self, inputs: list[oip.Tensor], outputs: list[str], on_free: Callable[[], None]
+    ) -> "asyncio.Future[tuple[ipc.Answer, memoryview]]":
+        """Begin one inference. Raises ReplicaLost, at once or through the future.
+
+        ``on_free`` is called once the worker is done with it, or gone, even where the future was cancelled in between.
+        """
         if self._transport is None or self._transport.is_closing() or self._answer is not None:
             raise ReplicaLost("the connection is not free")
         self._call += 1
-        answer = self._answer = asyncio.get_running_loop().create_future()
+        self._answer = asyncio.get_running_loop().create_future()
+        self._on_free = on_free
         self._transport.writelines(ipc.frame(ipc.Call(self._call, ipc.heads_of(inputs), outputs), [tensor.data for tensor in inputs]))
-        head, body = await answer
-        try:
-            return head, ipc.tensors_of(head.outputs, body)
-        except codec.Malformed as exc:
-            self.close()
-            raise ReplicaLost(str(exc)) from exc
+        return self._answer
 
     def close(self) -> None:
         """End the connection; a call under way fails."""
@@ -72,11 +77,7 @@ class WorkerConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
-        lost = ReplicaLost(f"the worker closed the connection{f': {exc}' if exc else ''}")
-        for future in (self._hello, self._answer):
-            if future is not None and not future.done():
-                future.set_exception(lost)
-                future.exception()  # nobody may be waiting any more
+        self._fail(ReplicaLost(f"the worker closed the connection{f': {exc}' if exc else ''}"))
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -87,23 +88,36 @@ class WorkerConnection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio."""
         self._filled += nbytes
-        if self._filled < len(self._buffer):
-            return
         try:
-            if self._sizes is None:
-                self._sizes = ipc.parse_prefix(bytes(self._buffer))
-                self._buffer, self._filled = memoryview(bytearray(sum(self._sizes))), 0
-                if self._sizes != (0, 0):
+            while self._filled >= ipc.PREFIX.size:
+                header_bytes, body_bytes = ipc.parse_prefix(bytes(self._buffer[: ipc.PREFIX.size]))
+                body_at = ipc.PREFIX.size + header_bytes
+                end = body_at + body_bytes
+                if end > len(self._buffer):
+                    self._grow(end)
+                if self._filled < end:
                     return
-            header_bytes, _ = self._sizes
-            self._deliver(self._buffer[:header_bytes], self._buffer[header_bytes:])
-            self._begin_prefix()
+                frame = self._take(end)
+                self._deliver(frame[ipc.PREFIX.size : body_at], frame[body_at:])
         except codec.Malformed as exc:
             self._fail(ReplicaLost(f"the worker speaks nonsense: {exc}"))
+            self.close()
 
-    def _begin_prefix(self) -> None:
-        self._buffer, self._filled = memoryview(bytearray(ipc.PREFIX.size)), 0
-        self._sizes = None
+    def _grow(self, size: int) -> None:
+        """Go on in a buffer that holds the whole frame and nothing more, so that it can be handed out uncopied."""
+        larger = memoryview(bytearray(size))
+        larger[: self._filled] = self._buffer[: self._filled]
+        self._buffer = larger
+
+    def _take(self, end: int) -> memoryview:
+        """The first frame; what follows it moves to the front."""
+        if self._buffer is not self._small:
+            frame, self._buffer, self._filled = self._buffer, self._small, 0
+            return frame
+        frame = memoryview(bytes(self._small[:end]))
+        self._small[: self._filled - end] = bytes(self._small[end : self._filled])
+        self._filled -= end
+        return frame
 
     def _deliver(self, header: memoryview, body: memoryview) -> None:
         if not self._hello.done():
@@ -115,10 +129,16 @@ class WorkerConnection(asyncio.BufferedProtocol):
             raise codec.Malformed(f"answer to call {answer.call}, which is not under way")
         if not waiting.done():
             waiting.set_result((answer, body))
+        self._free()
+
+    def _free(self) -> None:
+        on_free, self._on_free = self._on_free, None
+        if on_free is not None:
+            on_free()
 
     def _fail(self, exc: ReplicaLost) -> None:
         for future in (self._hello, self._answer):
             if future is not None and not future.done():
                 future.set_exception(exc)
-                future.exception()
-        self.close()
+                future.exception()  # nobody may be waiting any more
+        self._free()

@@ -17,6 +17,8 @@ from skerry.wire.box import RouteTable
 logger = log.get("gateway")
 
 SHUTDOWN_S = 5.0
+READ_BUFFER_BYTES = 4 * 1024 * 1024
+"""A body of this size is read without stopping in between."""
 
 
 async def main(config: Config, stop: asyncio.Event) -> None:
@@ -32,6 +34,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
                 access_log=None,
                 shutdown_timeout=SHUTDOWN_S,
                 keepalive_timeout=75,
+                read_bufsize=READ_BUFFER_BYTES,
             )
             for for_agent in (False, True)
         )

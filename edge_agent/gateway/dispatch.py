@@ -16,7 +16,7 @@ from edge_agent.core import estimate
 from edge_agent.core.routing import LocalView
 from edge_agent.gateway.connection import ReplicaLost, WorkerConnection
 from skerry.runtime import log
-from skerry.wire import ipc, oip
+from skerry.wire import codec, ipc, oip
 from skerry.wire.box import LocalReplica
 
 logger = log.get("gateway.dispatch")
@@ -132,10 +132,22 @@ class Pool:
             self._release(connection, replica)
             raise TooLate
         self._running += 1
-        call = asyncio.ensure_future(connection.call(inputs, outputs))
-        call.add_done_callback(lambda done: self._finished(done, connection, replica, started))
-        answer, tensors = await asyncio.shield(call)
+
+        def on_free() -> None:
+            self._running -= 1
+            self.service = estimate.updated(self.service, (time.perf_counter() - started) * 1000, now_s=time.monotonic())
+            self._release(connection, replica)
+
+        try:
+            answer, body = await connection.call(inputs, outputs, on_free)
+        except ReplicaLost as exc:
+            raise ReplicaLost(f"{replica}: {exc}") from exc
         ended = time.perf_counter()
+        try:
+            tensors = ipc.tensors_of(answer.outputs, body)
+        except codec.Malformed as exc:
+            connection.close()
+            raise ReplicaLost(f"{replica}: the worker speaks nonsense: {exc}") from exc
         return Outcome(answer, tensors, replica, (started - asked) * 1000, (ended - started) * 1000)
 
     async def _slot(self) -> tuple[WorkerConnection, str]:
@@ -154,12 +166,3 @@ class Pool:
         finally:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(future)
-
-    def _finished(
-        self, call: asyncio.Future[tuple[ipc.Answer, list[oip.Tensor]]], connection: WorkerConnection, replica: str, started: float
-    ) -> None:
-        self._running -= 1
-        if not call.cancelled() and call.exception() is None:
-            now_s = time.monotonic()
-            self.service = estimate.updated(self.service, (time.perf_counter() - started) * 1000, now_s=now_s)
-        self._release(connection, replica)

@@ -11,23 +11,57 @@ from edge_agent.worker.session import Refused, Session
 from skerry.wire import codec, ipc, oip
 
 MAX_CONNECTIONS = 64
+RECEIVE_BYTES = 64 * 1024
 
 
-def _read_exactly(connection: socket.socket, size: int) -> memoryview | None:
-    """``size`` bytes, or None where the peer closed."""
-    buffer = memoryview(bytearray(size))
-    done = 0
-    while done < size:
-        got = connection.recv_into(buffer[done:])
-        if got == 0:
+class _Reader:
+    """Frames from one connection. Small ones come with one system call; the buffers are used again for the next frame."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
+        self._filled = 0
+        self._taken = 0
+
+    def frame(self) -> tuple[memoryview, memoryview] | None:
+        """Header and body, good until the next call; None where the peer closed. Raises codec.Malformed over the limits."""
+        left = self._filled - self._taken
+        if left and self._taken:
+            self._buffer[:left] = bytes(self._buffer[self._taken : self._filled])
+        self._filled, self._taken = left, 0
+        if not self._fill(ipc.PREFIX.size):
             return None
-        done += got
-    return buffer
+        header_bytes, body_bytes = ipc.parse_prefix(bytes(self._buffer[: ipc.PREFIX.size]))
+        body_at = ipc.PREFIX.size + header_bytes
+        end = body_at + body_bytes
+        if not self._fill(end):
+            return None
+        self._taken = end
+        return self._buffer[ipc.PREFIX.size : body_at], self._buffer[body_at:end]
+
+    def _fill(self, size: int) -> bool:
+        """Have ``size`` bytes in the buffer; false where the peer closed before."""
+        if size > len(self._buffer):
+            larger = memoryview(bytearray(size))
+            larger[: self._filled] = self._buffer[: self._filled]
+            self._buffer = larger
+        while self._filled < size:
+            got = self._connection.recv_into(self._buffer[self._filled :])
+            if got == 0:
+                return False
+            self._filled += got
+        return True
 
 
 def _send(connection: socket.socket, header: msgspec.Struct, body: list[oip.Bytes]) -> None:
-    for part in ipc.frame(header, body):
-        connection.sendall(part)
+    """A whole frame, with one system call where the kernel takes it all."""
+    parts = [memoryview(part).cast("B") for part in ipc.frame(header, body) if len(part)]
+    while parts:
+        sent = connection.sendmsg(parts)
+        while parts and sent >= len(parts[0]):
+            sent -= len(parts.pop(0))
+        if parts and sent:
+            parts[0] = parts[0][sent:]
 
 
 def _answer(session: Session, call: ipc.Call, body: memoryview) -> tuple[ipc.Answer, list[oip.Bytes]]:
@@ -46,11 +80,9 @@ def _serve_connection(connection: socket.socket, session: Session, hello: ipc.He
     try:
         with connection:
             _send(connection, hello, [])
-            while (prefix := _read_exactly(connection, ipc.PREFIX.size)) is not None:
-                header_bytes, body_bytes = ipc.parse_prefix(bytes(prefix))
-                header, body = _read_exactly(connection, header_bytes), _read_exactly(connection, body_bytes)
-                if header is None or body is None:
-                    return
+            reader = _Reader(connection)
+            while (frame := reader.frame()) is not None:
+                header, body = frame
                 _send(connection, *_answer(session, ipc.parse_header(header, ipc.Call), body))
     except (OSError, codec.Malformed, MemoryError):
         return  # the peer went away or does not speak our protocol; its connection alone ends

@@ -76,7 +76,7 @@ class Fleet:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / MARK).touch()
         self.logs.mkdir()
-        ports = _free_ports(2 + 4 * 3)
+        ports = free_ports(2 + 4 * 3)
         self.broker_port, coordinator_port = ports[:2]
         self.url = f"http://127.0.0.1:{coordinator_port}"
         self._commands["broker"] = _python(
@@ -249,7 +249,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now; held open together so that they differ."""
     holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports: list[int] = [holder.getsockname()[1] for holder in holders]

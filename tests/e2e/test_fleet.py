@@ -15,6 +15,7 @@ import onnx.helper as oh
 import pytest
 import tritonclient.http as triton
 
+from skerry.wire.api import SplitView
 from tests.e2e.world import World, running, wait_until
 
 SCALE = """\
@@ -238,6 +239,23 @@ def test_prometheus_finds_the_counters(world):
         page = response.read().decode()
     line = next(line for line in page.splitlines() if line.startswith("skerry_requests_total{") and 'outcome="edge"' in line)
     assert float(line.rpartition(" ")[2]) >= 1
+
+
+def test_what_boxes_answered_is_counted_in_the_coordinator_once(world):
+    def counted() -> int:
+        split = world.api.call("GET", "/v1/split", SplitView, query={"deployment": "scale", "node": "van-7"})
+        return sum(point.edge for point in split.points)
+
+    time.sleep(2.5)  # what earlier tests asked for has been taken in
+    before = counted()
+    for _ in range(20):
+        assert post(infer_url(world, "van-7"), good())[0] == 200
+    wait_until(lambda: counted() >= before + 20, 15, counted)
+    time.sleep(1.5)
+    assert counted() == before + 20
+    serve = world.deployment("scale").serve
+    assert 0 < serve.p50_ms <= serve.p99_ms < 5000
+    assert serve.late == 0
 
 
 class Load:

@@ -29,6 +29,8 @@ LOG_MAX_BYTES = 8 * 1024 * 1024
 PROBE_TIMEOUT_S = 10.0
 NICENESS = 5
 """Workers compute; the gateway that must answer in time, and the programs that keep the box, come before them."""
+OOM_SCORE_ADJUST = 500
+"""When memory runs out, the kernel ends a worker before it ends one of the box's own programs."""
 START_TIMEOUT_S = 10.0
 ADDRESS_SPACE_SLACK_BYTES = 2 * 1024**3
 """Address space that an interpreter with ONNX Runtime reserves and never touches; RLIMIT_AS counts it all the same."""
@@ -88,6 +90,8 @@ def _system_mounts() -> list[str]:
 def _limit_resources(spec: SandboxSpec) -> None:
     """Runs in the child between fork and exec."""
     os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJUST))
     address_space = spec.memory_bytes + ADDRESS_SPACE_SLACK_BYTES
     for kind, limit in (
         (resource.RLIMIT_AS, address_space),

@@ -1,0 +1,247 @@
+"""The console as people use it: a whole fleet, a real browser, wide and narrow."""
+
+import shutil
+from collections.abc import Iterator
+from email.message import Message
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from skerry.wire.api import LoginLink
+from tests.conftest import need
+from tests.e2e.world import World, running, wait_until
+
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SIZES = {1280: {"width": 1280, "height": 900}, 390: {"width": 390, "height": 844}}
+LIVE_MS = 20_000
+HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
+
+
+class Kept(HTTPRedirectHandler):
+    """Redirects are looked at, not followed."""
+
+    def redirect_request(self, *_args: object, **_more: object) -> None:
+        return None
+
+
+def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, Message, bytes]:
+    try:
+        with build_opener(Kept).open(Request(url, headers=headers, method=method), timeout=20) as response:
+            return response.status, response.headers, response.read()
+    except HTTPError as exc:
+        with exc:
+            return exc.code, exc.headers, exc.read()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    need("chromium", "" if shutil.which(CHROMIUM) else f"{CHROMIUM} is not there")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def world(browser, scale_model) -> Iterator[World]:
+    with running() as world:
+        world.push(scale_model, "scale")
+        settings = world.box("store-2").folder / "agent.toml"
+        settings.write_text(settings.read_text().replace('region = "north"', f'region = "north", note = "{HOSTILE}"'))
+        world.do(world.fleet.kill("store-2.agent"))
+        world.do(world.fleet.start_process("store-2.agent"))
+        wait_until(lambda: "note" in world.node("store-2").labels and world.node("store-2").state == "online", 20)
+        yield world
+
+
+class Visitor:
+    """A browser of one size; what its pages complained about and asked for is kept."""
+
+    def __init__(self, browser: Browser, world: World, width: int) -> None:
+        self.world = world
+        self.context = browser.new_context(viewport=SIZES[width])
+        self.page: Page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text) if message.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def open(self, path: str) -> Page:
+        self.page.goto(self.world.fleet.url + path)
+        return self.page
+
+    def log_in(self) -> Page:
+        link = self.world.api.call("POST", "/v1/login-links", LoginLink)
+        self.page.goto(link.url)
+        self.page.wait_for_url(self.world.fleet.url + "/")
+        return self.page
+
+    def path(self) -> str:
+        parts = urlsplit(self.page.url)
+        return parts.path + (f"?{parts.query}" if parts.query else "")
+
+    def foreign(self) -> list[str]:
+        return [url for url in self.asked if not url.startswith(self.world.fleet.url + "/")]
+
+
+@pytest.fixture(params=sorted(SIZES))
+def width(request) -> int:
+    return request.param
+
+
+@pytest.fixture
+def visitor(browser, world, width) -> Iterator[Visitor]:
+    visitor = Visitor(browser, world, width)
+    yield visitor
+    visitor.context.close()
+
+
+@pytest.mark.parametrize("width", [1280], indirect=True)
+def test_who_is_not_logged_in_meets_the_login_page_and_gets_back_to_what_was_asked_for(visitor, world):
+    page = visitor.open("/nodes/store-1?minutes=60")
+    assert urlsplit(page.url).path == "/login"
+    page.get_by_label("Operator token").fill("wrong")
+    with page.expect_response("**/login") as answer:
+        page.get_by_role("button", name="Log in").click()
+    assert answer.value.status == 403
+    expect(page.get_by_role("alert").filter(has_text="not the operator's token")).to_be_visible()
+    page.get_by_label("Operator token").fill(world.fleet.token)
+    page.get_by_role("button", name="Log in").click()
+    page.wait_for_url("**/nodes/store-1?minutes=60")
+    cookie = visitor.context.cookies()[0]
+    assert cookie["httpOnly"]
+    assert cookie["sameSite"] == "Strict"
+    page.get_by_role("button", name="Log out").click()
+    assert urlsplit(visitor.open("/").url).path == "/login"
+
+
+@pytest.mark.parametrize("target", ["//evil.example/", "https://evil.example/", "/\\evil.example", "/login"])
+@pytest.mark.parametrize("width", [1280], indirect=True)
+def test_a_login_leads_to_no_other_site(visitor, world, target):
+    page = visitor.open("/login")
+    page.evaluate("target => document.querySelector('input[name=next]').value = target", target)
+    page.get_by_label("Operator token").fill(world.fleet.token)
+    page.get_by_role("button", name="Log in").click()
+    page.wait_for_url(world.fleet.url + "/")
+
+
+@pytest.mark.parametrize("width", [390], indirect=True)
+def test_a_login_link_works_once_and_not_twice_and_a_preview_does_not_spend_it(visitor, browser, world):
+    link = world.api.call("POST", "/v1/login-links", LoginLink)
+    assert ask(link.url, method="HEAD")[0] == 303
+    visitor.page.goto(link.url)
+    visitor.page.wait_for_url(world.fleet.url + "/")
+    second = Visitor(browser, world, 390)
+    try:
+        answer = second.page.goto(link.url)
+        assert answer.status == 403
+        expect(second.page.get_by_text("used already")).to_be_visible()
+        assert urlsplit(second.open("/").url).path == "/login"
+    finally:
+        second.context.close()
+
+
+def test_the_overview_shows_boxes_and_a_new_deployment_without_a_reload(visitor, world, width):
+    name = f"live-{width}"
+    page = visitor.log_in()
+    for box in world.fleet.boxes:
+        expect(page.locator(f'tr[data-live="box-{box.name}"]')).to_contain_text("online")
+    page.evaluate("window.stillHere = true")
+    world.deploy(f"name: {name}\nmodel: scale:1\nplace: {{tier: [edge, cloud]}}\nresources: {{memory: 64MiB}}\n")
+    row = page.locator(f'tr[data-live="deployment-{name}"]')
+    expect(row).to_contain_text("4 of 4", timeout=LIVE_MS)
+    expect(page.locator("#headline")).to_contain_text("All is well", timeout=LIVE_MS)
+    assert page.evaluate("window.stillHere")
+    expect(page.locator("#pulse")).to_contain_text("live")
+    row.get_by_role("link", name=name).click()
+    page.wait_for_url(f"**/deployments/{name}")
+    placement = page.locator(f'tr[data-live="placement-store-1-{name}-0"]')
+    expect(placement).to_contain_text("tier edge")
+    expect(placement).to_contain_text("ready")
+    assert visitor.complaints == []
+    assert visitor.foreign() == []
+
+
+def test_every_page_loads_fits_its_width_and_asks_nobody_else(visitor, world):
+    page = visitor.log_in()
+    world.deploy("name: shown\nmodel: scale:1\nplace: {labels: {site: store-1}}\nresources: {memory: 64MiB}\n")
+    for path in ("/", "/nodes", "/nodes/store-1", "/deployments/shown", "/models", "/events", "/events?node=store-1&subject=shown"):
+        answer = page.goto(world.fleet.url + path)
+        assert answer.status == 200
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'self'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        expect(page.locator("#pulse")).to_contain_text("live")
+        if path == "/nodes/store-1":
+            expect(page.locator('figure[data-plot="load"] canvas')).to_be_visible(timeout=LIVE_MS)
+        wide, seen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide <= seen, f"{path} is {wide} pixels wide of {seen}"
+    assert visitor.complaints == []
+    assert visitor.foreign() == []
+    for path, word in (("/nodes/nobody", "no box “nobody”"), ("/deployments/nothing", "no deployment “nothing”"), ("/nowhere", "no page")):
+        assert page.goto(world.fleet.url + path).status == 404
+        expect(page.locator("main")).to_contain_text(word)
+        expect(page.get_by_role("link", name="Back to the overview")).to_be_visible()
+
+
+def test_a_hostile_label_or_filter_is_text(visitor):
+    page = visitor.log_in()
+    for path in ("/", "/nodes/store-2"):
+        visitor.open(path)
+        expect(page.get_by_text(HOSTILE).first).to_be_visible()
+    visitor.open("/events?node=" + '"><script>window.hacked=1</script>')
+    assert page.get_by_label("Box").input_value() == '"><script>window.hacked=1</script>'
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.querySelectorAll('main script, main img').length") == 0
+    assert visitor.complaints == []
+
+
+@pytest.mark.parametrize("width", [1280], indirect=True)
+def test_a_box_that_is_heard_no_more_is_called_silent_and_nothing_worse_without_a_reload(visitor, world):
+    visitor.log_in()
+    page = visitor.open("/nodes/van-7")
+    page.evaluate("window.stillHere = true")
+    world.do(world.fleet.kill("van-7.agent"))
+    try:
+        expect(page.locator("main")).to_contain_text("can't tell a crash from a cut link", timeout=2 * LIVE_MS)
+        expect(page.locator("h1")).to_contain_text("silent")
+    finally:
+        world.do(world.fleet.start_process("van-7.agent"))
+    expect(page.locator("h1")).to_contain_text("online", timeout=2 * LIVE_MS)
+    assert page.evaluate("window.stillHere")
+
+
+@pytest.mark.parametrize("width", [1280], indirect=True)
+def test_a_page_that_hears_nothing_says_so(visitor):
+    page = visitor.log_in()
+    page.clock.install()
+    page.route("**/v1/stream", lambda route: route.abort())
+    visitor.open("/")
+    page.clock.run_for(25_000)
+    expect(page.locator("#stale")).to_contain_text("What you see may be old")
+    expect(page.locator("#pulse")).to_contain_text("no word")
+
+
+def test_fragments_hold_the_content_alone_and_static_files_are_asked_for_again_cheaply(world):
+    url = world.fleet.url
+    status, headers, _ = ask(url + "/?fragment=1")
+    assert (status, headers["Location"]) == (303, "/login")
+    status, headers, body = ask(url + "/?fragment=1", Authorization=f"Bearer {world.fleet.token}")
+    assert status == 200
+    assert b"<html" not in body
+    assert b'id="headline"' in body
+    status, headers, _ = ask(url + "/static/live.js")
+    assert (status, headers["Content-Type"], headers["Cache-Control"]) == (200, "text/javascript; charset=utf-8", "no-cache")
+    status, _, _ = ask(url + "/static/live.js", **{"If-None-Match": headers["ETag"]})
+    assert status == 304
+    for path in ("/static/../pages.py", "/static/%2e%2e/pages.py", "/static/vendor/uplot/LICENSE", "/static/nothing.js"):
+        assert ask(url + path)[0] in (303, 404)

@@ -1,0 +1,302 @@
+"""The planner never promises what a box has not got, says why for every box, and moves nothing that need not move."""
+
+import msgspec
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from coordinator.core.deployment import Deployment, Replicas
+from coordinator.core.planner import BoxPlan, Node, Plan, Wanted, plan
+from skerry.wire.messages import ModelRef
+
+STRENGTH = {"process": 0, "container": 1, "gvisor": 2, "microvm": 3}
+MATCHES = {"store-1": {"store-1"}, "store-*": {"store-1", "store-2"}, "*": {"store-1", "store-2", "depot"}, "depot": {"depot"}}
+"""By pattern, the sites that it means: written out, so that nothing here asks the matcher that is judged."""
+
+
+def nodes(node_id: str):
+    return st.builds(
+        Node,
+        id=st.just(node_id),
+        tier=st.sampled_from(["edge", "edge", "cloud"]),
+        labels=st.sampled_from([{"site": "store-1"}, {"site": "store-1"}, {"site": "store-2"}, {"site": "depot"}, {}]),
+        gateway_url=st.just(f"http://{node_id}"),
+        online=st.sampled_from([True, True, False]),
+        memory_bytes=st.sampled_from([0, 4, 5, 9, 10, 10, 14, 20]),
+        gpu_memory_bytes=st.sampled_from([0, 0, 2, 5]),
+        rungs=st.sampled_from([["process", "container"], ["container", "process"], ["process"], ["gvisor"], []]),
+    )
+
+
+@st.composite
+def wants(draw, name: str):
+    replicas = Replicas(per_node=draw(st.integers(1, 3))) if draw(st.booleans()) else Replicas(count=draw(st.integers(1, 9)))
+    version = draw(st.integers(1, 2))
+    spec = Deployment(
+        name=name,
+        model="m",
+        version=version,
+        replicas=replicas,
+        labels=draw(st.sampled_from([{}, {}, *[{"site": pattern} for pattern in MATCHES]])),
+        tiers=draw(st.sampled_from([["edge"], ["edge", "cloud"], ["cloud"]])),
+        accelerator=draw(st.sampled_from(["any", "any", "any", "gpu", "none"])),
+        memory_bytes=draw(st.sampled_from([1, 1, 2, 3, 6])),
+        cpus=1.0,
+        gpu_memory_bytes=draw(st.sampled_from([0, 0, 1, 2])),
+        isolation_at_least=draw(st.sampled_from(["process", "process", "container", "gvisor"])),
+        deadline_ms=50,
+        target=0.99,
+        split=draw(st.sampled_from(["edge", "cloud", "overflow"])),
+    )
+    model = ModelRef("m", version, f"digest-{version}", 1) if draw(st.integers(0, 9)) else None
+    return Wanted(spec, draw(st.integers(1, 3)), model)
+
+
+@st.composite
+def fleets(draw, most_wanted: int = 4):
+    """Boxes and deployments in order of age."""
+    boxes = [draw(nodes(f"n{index}")) for index in range(draw(st.integers(0, 6)))]
+    wanted = [draw(wants(name)) for name in draw(st.permutations("abcd"))[: draw(st.integers(1, most_wanted))]]
+    return boxes, wanted
+
+
+@st.composite
+def worlds(draw):
+    """A fleet, and the plan of one that was nearly the same: a box less or more, a deployment that was smaller, older or absent."""
+    boxes, wanted = draw(fleets())
+    old_boxes = [box if draw(st.integers(0, 4)) else draw(nodes(box.id)) for box in boxes if draw(st.integers(0, 5))]
+    old_wanted = [want if draw(st.integers(0, 3)) else draw(wants(want.spec.name)) for want in wanted if draw(st.integers(0, 5))]
+    return boxes, wanted, plan(old_boxes, old_wanted, {}).boxes if draw(st.integers(0, 3)) else {}
+
+
+def misfit(node: Node, want: Wanted) -> str:
+    """A word that the reason must hold; empty where the box fits. Written out again: it shares nothing with what it judges."""
+    spec = want.spec
+    if node.tier not in spec.tiers:
+        return "tier"
+    if "site" in spec.labels:
+        if "site" not in node.labels:
+            if node.tier == "edge":
+                return "has no label"
+        elif node.labels["site"] not in MATCHES[spec.labels["site"]]:
+            return "does not match"
+    if spec.accelerator == "gpu" and node.gpu_memory_bytes == 0:
+        return "has no GPU"
+    if spec.accelerator == "none" and node.gpu_memory_bytes > 0:
+        return "has a GPU"
+    if not node.rungs:
+        return "not said yet"
+    if all(STRENGTH[rung] < STRENGTH[spec.isolation_at_least] for rung in node.rungs):
+        return "isolation"
+    return ""
+
+
+def places(made: Plan) -> dict[str, list[str]]:
+    """By replica, the boxes that are told to run it."""
+    found: dict[str, list[str]] = {}
+    for node, box in made.boxes.items():
+        for replica in box.replicas:
+            found.setdefault(replica.name, []).append(node)
+    return found
+
+
+def left(node: Node, made: Plan) -> tuple[int, int]:
+    """Fifths of memory, and GPU memory, that the plan leaves of what replicas may use (four fifths)."""
+    replicas = made.boxes[node.id].replicas
+    return (
+        4 * node.memory_bytes - 5 * sum(replica.memory_bytes for replica in replicas),
+        node.gpu_memory_bytes - sum(replica.gpu_memory_bytes for replica in replicas),
+    )
+
+
+@given(worlds())
+@settings(max_examples=70, deadline=None)
+def test_no_box_is_given_more_memory_than_it_has_to_give(world):
+    boxes, wanted, before = world
+    made = plan(boxes, wanted, before)
+    assert made.boxes.keys() == {box.id for box in boxes}
+    for box in boxes:
+        assert min(left(box, made)) >= 0
+
+
+@given(worlds())
+@settings(max_examples=70, deadline=None)
+def test_every_box_runs_the_deployment_or_is_told_why_not(world):
+    boxes, wanted, before = world
+    made = plan(boxes, wanted, before)
+    for want in wanted:
+        outcome = made.outcomes[want.spec.name]
+        used = {placement.node for placement in outcome.placements}
+        reasons = {refusal.node: refusal.reason for refusal in outcome.refusals}
+        assert len(reasons) == len(outcome.refusals), "a box is refused once"
+        if want.model is None:
+            assert not used
+            assert "skerry model push" in outcome.problem
+            continue
+        assert used | reasons.keys() == {box.id for box in boxes}
+        assert all(reasons.values())
+        for box in boxes:
+            word = misfit(box, want)
+            assert not (word and box.id in used), f"placed where it does not fit: {word}"
+            if word:
+                assert word in reasons[box.id]
+            elif box.id in reasons:
+                both = box.id in used
+                short = "needs" in reasons[box.id] and "free" in reasons[box.id]
+                assert short or (not both and reasons[box.id].startswith("not needed") and want.spec.replicas.count)
+                assert not both or want.spec.replicas.per_node, "where some of several find room, and no others, it says so"
+
+
+@given(worlds())
+@settings(max_examples=70, deadline=None)
+def test_there_are_as_many_replicas_as_asked_for_or_there_is_a_problem_and_no_room(world):
+    boxes, wanted, before = world
+    made = plan(boxes, wanted, before)
+    where = places(made)
+    for want in wanted:
+        spec, outcome = want.spec, made.outcomes[want.spec.name]
+        mine = [(p.node, p.replica) for p in outcome.placements]
+        told = [(n, r.name) for n, box in made.boxes.items() for r in box.replicas if r.deployment == spec.name]
+        assert sorted(mine) == sorted(told), "what is said is what is done"
+        fitting = [box for box in boxes if want.model and not misfit(box, want)]
+        if spec.replicas.count is not None:
+            assert len({replica for _, replica in mine}) == len(mine)
+            assert {replica for _, replica in mine} <= {f"{spec.name}-{index}" for index in range(spec.replicas.count)}
+            assert all(len(where[replica]) == 1 for _, replica in mine)
+            asked = spec.replicas.count
+        else:
+            for box in boxes:
+                numbers = [replica for node, replica in mine if node == box.id]
+                assert numbers == [f"{spec.name}-{index}" for index in range(len(numbers))]
+                assert len(numbers) <= (spec.replicas.per_node or 0)
+            asked = (spec.replicas.per_node or 0) * len(fitting)
+        assert len(mine) <= asked
+        assert outcome.wanted == asked or want.model is None
+        if len(mine) < asked:
+            assert outcome.problem
+        if want is wanted[-1] and want.model and len(mine) < asked:
+            for box in fitting:
+                memory, gpu_memory = left(box, made)
+                is_served = len([node for node, _ in mine if node == box.id]) == spec.replicas.per_node
+                assert is_served or memory < 5 * spec.memory_bytes or gpu_memory < spec.gpu_memory_bytes
+
+
+@given(worlds(), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_the_order_in_which_boxes_are_listed_changes_nothing(world, rnd):
+    boxes, wanted, before = world
+    shuffled = rnd.sample(boxes, len(boxes))
+    assert plan(boxes, wanted, before) == plan(shuffled, wanted, dict(reversed(before.items())))
+
+
+@given(worlds())
+@settings(max_examples=70, deadline=None)
+def test_planning_again_changes_nothing(world):
+    boxes, wanted, before = world
+    made = plan(boxes, wanted, before)
+    again = plan(boxes, wanted, made.boxes)
+    assert again.boxes == made.boxes
+    assert plan(boxes, wanted, again.boxes) == again
+
+
+@given(fleets())
+@settings(max_examples=40, deadline=None)
+def test_a_new_generation_that_changes_no_replica_keeps_the_old_ones(fleet):
+    boxes, wanted = fleet
+    made = plan(boxes, wanted, {})
+    edited = [
+        Wanted(msgspec.structs.replace(want.spec, deadline_ms=want.spec.deadline_ms + 1), want.generation + 1, want.model)
+        for want in wanted
+    ]
+    again = plan(boxes, edited, made.boxes)
+    assert {node: box.replicas for node, box in again.boxes.items()} == {node: box.replicas for node, box in made.boxes.items()}
+    assert all(route.deadline_ms == 51 for box in again.boxes.values() for route in box.routes)
+
+
+@given(fleets(), st.sampled_from(["memory", "model", "isolation"]))
+@settings(max_examples=40, deadline=None)
+def test_a_replica_that_changes_carries_the_new_generation(fleet, what):
+    boxes, wanted = fleet
+    made = plan(boxes, wanted, {})
+    edited = []
+    for want in wanted:
+        spec, model = want.spec, want.model
+        if what == "memory":
+            spec = msgspec.structs.replace(spec, memory_bytes=spec.memory_bytes + 1)
+        elif what == "model" and model is not None:
+            model = msgspec.structs.replace(model, sha256="other")
+        elif what == "isolation":
+            spec = msgspec.structs.replace(spec, isolation_at_least="microvm" if spec.isolation_at_least == "gvisor" else "gvisor")
+        edited.append(Wanted(spec, want.generation + 7, model))
+    generations = {want.spec.name: want.generation for want in edited}
+    for box in plan(boxes, edited, made.boxes).boxes.values():
+        assert all(replica.generation == generations[replica.deployment] for replica in box.replicas)
+
+
+@given(worlds())
+@settings(max_examples=70, deadline=None)
+def test_routes_lead_to_cloud_boxes_that_host_and_never_from_one(world):
+    boxes, wanted, before = world
+    made = plan(boxes, wanted, before)
+    tiers = {box.id: box.tier for box in boxes}
+    specs = {want.spec.name: want.spec for want in wanted}
+    hosts = {name: {p.node for p in outcome.placements} for name, outcome in made.outcomes.items()}
+    for node, box in made.boxes.items():
+        routed = [route.deployment for route in box.routes]
+        assert len(set(routed)) == len(routed)
+        assert {replica.deployment for replica in box.replicas} <= set(routed), "what runs here is served here"
+        for route in box.routes:
+            upstreams = {upstream.node for upstream in route.upstreams}
+            assert upstreams or node in hosts[route.deployment], "a route leads somewhere"
+            if tiers[node] == "cloud" or specs[route.deployment].split == "edge":
+                assert not upstreams
+            else:
+                assert upstreams == {host for host in hosts[route.deployment] if tiers[host] == "cloud"}
+            assert all(u.tier == "cloud" and u.url == f"http://{u.node}" for u in route.upstreams)
+
+
+@given(worlds(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_box_that_fits_nothing_moves_nothing(world, data):
+    boxes, wanted, before = world
+    made = plan(boxes, wanted, before)
+    newcomer = data.draw(nodes(data.draw(st.sampled_from(["a0", "z9"]))))
+    assume(all(misfit(newcomer, want) for want in wanted))
+    more = plan([*boxes, newcomer], wanted, made.boxes)
+    assert more.boxes.pop(newcomer.id).replicas == []
+    assert more.boxes == made.boxes
+
+
+@given(fleets(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_new_box_draws_no_replica_away_from_where_it_runs(fleet, data):
+    boxes, wanted = fleet
+    made = plan(boxes, wanted, {})
+    more = plan([*boxes, data.draw(nodes(data.draw(st.sampled_from(["a0", "z9"]))))], wanted, made.boxes)
+    for node, box in made.boxes.items():
+        stayed = {replica.name for replica in more.boxes[node].replicas}
+        assert {replica.name for replica in box.replicas} <= stayed
+
+
+@given(fleets(most_wanted=1), st.data())
+@settings(max_examples=100, deadline=None)
+def test_when_a_box_goes_only_what_ran_on_it_moves(fleet, data):
+    boxes, wanted = fleet
+    assume(boxes)
+    made = plan(boxes, wanted, {})
+    gone = data.draw(st.sampled_from(boxes))
+    less = plan([box for box in boxes if box is not gone], wanted, made.boxes)
+    for node, box in less.boxes.items():
+        assert {replica.name for replica in made.boxes[node].replicas} <= {replica.name for replica in box.replicas}
+
+
+@given(fleets())
+@settings(max_examples=40, deadline=None)
+def test_a_box_that_falls_silent_keeps_its_replicas(fleet):
+    boxes, wanted = fleet
+    made = plan(boxes, wanted, {})
+    silent = [msgspec.structs.replace(box, online=not box.online) for box in boxes]
+    assert plan(silent, wanted, made.boxes).boxes == made.boxes
+
+
+def test_a_plan_for_nobody_is_empty():
+    assert plan([], [], {"gone": BoxPlan()}) == Plan({}, {})

@@ -1,0 +1,295 @@
+"""What the coordinator has not confirmed is held, each thing once, bounded and counted, on a full disk and after a crash too."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.link.outbox import Outbox, OutboxFailed
+from skerry.wire.box import Entry
+from skerry.wire.messages import Sample
+from tests.conftest import need
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of half a megabyte."""
+    need("root", "" if os.geteuid() == 0 else "mounting a small disk needs root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    need("root", mounted.stderr.strip())
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def fill(folder) -> None:
+    """Leave not one byte."""
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(256))
+
+
+@pytest.fixture
+def open_outbox(tmp_path):
+    """Opens the same file again and again; an open one is closed first."""
+    opened: list[Outbox] = []
+
+    def open_it(*, most_events: int = 100, most_samples: int = 100, folder=tmp_path) -> Outbox:
+        for outbox in opened:
+            outbox.close()
+        opened[:] = [Outbox(folder / "o.db", most_events=most_events, most_samples=most_samples)]
+        return opened[0]
+
+    yield open_it
+    for outbox in opened:
+        outbox.close()
+
+
+def events(outbox: Outbox, after: int = 0) -> list[tuple[int, str]]:
+    return [(event.seq, event.text) for event in outbox.events_after(after, 1_000_000)]
+
+
+def entry(seq: int) -> Entry:
+    return Entry(seq, at_ms=7, kind="kind", subject="subject", text=f"entry {seq}")
+
+
+def sampled(outbox: Outbox, *, sent_at_ms: int = 0) -> int:
+    """Take a sample as telemetry does; its number."""
+    sample = Sample(outbox.epoch, outbox.next_sample_seq(), at_ms=7, cpu_ratio=0.5, memory_used_bytes=1)
+    outbox.add_sample(sample, sent_at_ms=sent_at_ms)
+    return sample.seq
+
+
+def numbers(outbox: Outbox) -> list[int]:
+    return [sample.seq for sample in outbox.samples_after(0, 10_000)]
+
+
+def test_an_event_stays_until_the_coordinator_confirms_it_in_the_right_epoch(open_outbox):
+    outbox = open_outbox()
+    for word in ("one", "two", "three"):
+        outbox.add_event("kind", "subject", word, at_ms=7)
+    outbox.confirm_events("another epoch", 3)
+    assert events(outbox) == [(1, "one"), (2, "two"), (3, "three")]
+    outbox.confirm_events(outbox.epoch, 2)
+    outbox.confirm_events(outbox.epoch, 1)
+    assert events(outbox) == [(3, "three")]
+    assert (outbox.oldest_event(), outbox.depth(), outbox.lost()) == (3, (1, 0), (0, 0))
+    held = outbox.events_after(0, 1)[0]
+    assert (held.epoch, held.kind, held.subject, held.at_ms) == (outbox.epoch, "kind", "subject", 7)
+
+
+def test_numbers_go_on_after_all_was_confirmed_and_the_file_opened_again(open_outbox):
+    outbox = open_outbox()
+    outbox.add_event("kind", text="one", at_ms=7)
+    outbox.confirm_events(outbox.epoch, 1)
+    again = open_outbox()
+    assert again.epoch == outbox.epoch
+    again.add_event("kind", text="two", at_ms=7)
+    assert events(again) == [(2, "two")]
+
+
+def test_each_connection_has_a_number_of_its_own_across_restarts(open_outbox):
+    seen = [open_outbox().next_session() for _ in range(3)]
+    outbox = open_outbox()
+    assert [*seen, outbox.next_session(), outbox.next_session()] == [1, 2, 3, 4, 5]
+
+
+def test_over_the_bound_the_oldest_events_and_samples_go_and_are_counted_across_restarts(open_outbox):
+    outbox = open_outbox(most_events=10, most_samples=5)
+    for number in range(1, 26):
+        outbox.add_event("kind", text=str(number), at_ms=7)
+        sampled(outbox)
+    assert [seq for seq, _ in events(outbox)] == list(range(16, 26))
+    assert numbers(outbox) == list(range(21, 26))
+    assert (outbox.lost(), outbox.oldest_event(), outbox.oldest_sample()) == ((15, 20), 16, 21)
+    assert open_outbox(most_events=10, most_samples=5).lost() == (15, 20)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_each_entry_of_the_warden_is_taken_over_once_whatever_is_repeated_and_however_often_either_starts_again(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("o") / "o.db"
+    outbox = Outbox(path, most_events=1000, most_samples=10)
+    for _ in range(data.draw(st.integers(1, 12))):
+        first = data.draw(st.integers(1, 12))
+        batch = [entry(seq) for seq in range(first, first + data.draw(st.integers(0, 4)))]
+        journal, reached = outbox.journal_position()
+        assert journal in ("", "j")
+        if batch and batch[0].seq <= reached + 1:  # the warden sends from where it is asked to, or from earlier
+            if data.draw(st.booleans()):
+                batch = data.draw(st.permutations([*batch, data.draw(st.sampled_from(batch))]))
+            outbox.add_entries("j", batch)
+            assert outbox.journal_position() == ("j", max([reached, *(one.seq for one in batch)]))
+        if data.draw(st.booleans()):
+            outbox.close()
+            outbox = Outbox(path, most_events=1000, most_samples=10)
+        reached = outbox.journal_position()[1]
+        assert events(outbox) == [(seq, f"entry {seq}") for seq in range(1, reached + 1)]
+    outbox.close()
+
+
+def test_a_new_journal_is_not_taken_for_the_old_one(open_outbox):
+    outbox = open_outbox()
+    outbox.add_entries("old", [entry(1), entry(2)])
+    outbox.add_entries("new", [entry(1)])
+    outbox.add_entries("new", [entry(1), entry(2)])
+    assert [text for _, text in events(outbox)] == ["entry 1", "entry 2", "entry 1", "entry 2"]
+    assert outbox.journal_position() == ("new", 2)
+
+
+def test_an_agent_killed_while_it_takes_over_has_each_entry_once_and_knows_how_far_it_came(tmp_path, open_outbox):
+    code = f"""
+from pathlib import Path
+from edge_agent.link.outbox import Outbox
+from skerry.wire.box import Entry
+outbox = Outbox(Path({str(tmp_path)!r}) / "o.db", most_events=1_000_000, most_samples=100)
+for first in range(1, 10_000_000, 100):
+    outbox.add_entries("j", [Entry(seq, 7, "kind", text=f"entry {{seq}}") for seq in range(first, first + 100)])
+    print(flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as agent:
+        for _ in range(5):
+            agent.stdout.readline()
+        time.sleep(0.02)
+        agent.kill()
+    outbox = open_outbox(most_events=1_000_000)
+    journal, reached = outbox.journal_position()
+    assert (journal, reached % 100) == ("j", 0)
+    assert reached >= 500
+    assert [text for _, text in events(outbox)] == [f"entry {seq}" for seq in range(1, reached + 1)]
+
+
+def test_the_numbers_of_samples_go_on_after_the_file_is_opened_again_even_when_none_is_held(open_outbox):
+    outbox = open_outbox()
+    assert [sampled(outbox, sent_at_ms=1000) for _ in range(3)] == [1, 2, 3]
+    outbox.forget_samples(sent_before_ms=2000)
+    assert numbers(outbox) == []
+    assert sampled(open_outbox()) == 4
+
+
+def test_samples_are_held_until_they_were_sent_long_enough_ago(open_outbox):
+    outbox = open_outbox()
+    for sent_at_ms in (0, 1000, 3000, 0):
+        sampled(outbox, sent_at_ms=sent_at_ms)
+    outbox.forget_samples(sent_before_ms=2000)
+    assert numbers(outbox) == [1, 3, 4]
+    outbox.mark_sent([1, 3], at_ms=5000)
+    outbox.mark_sent([], at_ms=5000)
+    outbox.forget_samples(sent_before_ms=4000)
+    assert numbers(outbox) == [1, 3, 4]
+    outbox.forget_samples(sent_before_ms=6000)
+    assert (numbers(outbox), outbox.lost()) == ([4], (0, 0))
+
+
+def test_a_sample_that_rotted_on_disk_is_left_out_and_the_others_are_read(tmp_path, open_outbox):
+    outbox = open_outbox()
+    for _ in range(3):
+        sampled(outbox)
+    outbox.close()
+    with sqlite3.connect(tmp_path / "o.db") as db:
+        db.execute("UPDATE samples SET payload = ? WHERE seq = 2", (b"{half",))
+    db.close()
+    assert numbers(open_outbox()) == [1, 3]
+
+
+@pytest.mark.parametrize("damage", ["not a database", "cut", "pages", "another schema"])
+def test_a_damaged_file_is_set_aside_and_a_new_epoch_begins(tmp_path, open_outbox, damage):
+    path = tmp_path / "o.db"
+    outbox = open_outbox()
+    for _ in range(60):
+        outbox.add_event("kind", text="x" * 1500, at_ms=7)
+    outbox.close()
+    content = path.read_bytes()
+    match damage:
+        case "not a database":
+            path.write_bytes(b"\x00\xff" * 5000)
+        case "cut":
+            path.write_bytes(content[: len(content) // 2])
+        case "pages":  # as a worn-out flash card leaves it: the file opens, and what it holds can't be read
+            path.write_bytes(content[: 6 * 4096] + b"\xff" * (len(content) - 6 * 4096))
+        case "another schema":
+            path.unlink()
+            with sqlite3.connect(path) as db:
+                db.execute("CREATE TABLE box (x)")
+            db.close()
+    again = open_outbox()
+    assert again.epoch != outbox.epoch, "its numbers begin anew, so the old ones must not be taken for them"
+    aside = list(tmp_path.glob("o.db.corrupt-*"))
+    assert len(aside) == 1
+    assert again.set_aside.startswith(f"{aside[0].name}: ")
+    again.add_event("kind", text="after", at_ms=7)
+    assert (events(again), again.journal_position()) == ([(1, "after")], ("", 0))
+    crashed = tmp_path / "crashed"  # what a power cut would leave now
+    crashed.mkdir()
+    for left in [path, *tmp_path.glob("o.db-*")]:
+        shutil.copy(left, crashed)
+    survivor = open_outbox(folder=crashed)
+    assert (survivor.epoch, events(survivor), survivor.set_aside) == (again.epoch, [(1, "after")], "")
+
+
+def test_on_a_full_disk_nothing_but_the_named_error_comes_out_and_what_was_not_kept_is_counted(small_disk, open_outbox):
+    outbox = open_outbox()
+    outbox.add_event("kind", text="before", at_ms=7)
+    outbox.add_entries("j", [entry(1)])
+    sampled(outbox)
+    fill(small_disk)
+    kept = 0
+    for _ in range(20):
+        try:
+            outbox.add_event("kind", text="x" * 1000, at_ms=7)
+            kept += 1
+        except OutboxFailed:
+            pass
+    assert kept < 20, "the disk was not full"
+    with pytest.raises(OutboxFailed):
+        outbox.add_entries("j", [entry(seq) for seq in range(1, 20)])
+    with pytest.raises(OutboxFailed):
+        outbox.next_session()
+    for _ in range(10):
+        sampled(outbox)
+    outbox.confirm_events(outbox.epoch, 1)
+    outbox.mark_sent([1], at_ms=7)
+    outbox.forget_samples(sent_before_ms=0)
+    lost_samples = 11 - len(numbers(outbox))
+    assert outbox.journal_position() == ("j", 1), "the warden is asked for the others again"
+    assert outbox.lost() == (20 - kept, lost_samples)
+
+    (small_disk / "filler").unlink()
+    outbox.add_event("kind", text="after", at_ms=7)
+    outbox.add_entries("j", [entry(seq) for seq in range(1, 4)])
+    assert sampled(outbox) == 12
+    assert [text for _, text in events(outbox)][-3:] == ["after", "entry 2", "entry 3"]
+    seqs = [seq for seq, _ in events(outbox)]
+    assert seqs == list(range(seqs[0], seqs[0] + len(seqs))), "what was not kept had no number"
+    assert numbers(outbox)[-1] == 12
+    again = open_outbox()
+    assert again.lost() == (20 - kept, lost_samples)
+    assert again.next_session() == 1
+
+
+@pytest.mark.parametrize("cleanly", [True, False])
+def test_an_agent_that_starts_on_a_full_disk_keeps_its_outbox(small_disk, open_outbox, cleanly):
+    outbox = open_outbox()
+    outbox.add_event("kind", text="before", at_ms=7)
+    if cleanly:
+        outbox.close()
+    fill(small_disk)
+    again = open_outbox()
+    assert (again.epoch, again.set_aside, events(again)) == (outbox.epoch, "", [(1, "before")])
+    (small_disk / "filler").unlink()
+    again.add_event("kind", text="after", at_ms=7)
+    assert events(again) == [(1, "before"), (2, "after")]
+
+
+def test_an_outbox_that_can_not_begin_for_want_of_room_sets_nothing_aside(small_disk):
+    fill(small_disk)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        Outbox(small_disk / "new.db", most_events=100, most_samples=100)
+    assert not list(small_disk.glob("*corrupt*"))

@@ -18,13 +18,13 @@ from edge_agent.core.estimate import Estimate
 from skerry.wire.messages import SplitMode, Tier
 
 PROBE_AFTER_S = 1.0
-"""An estimate with no measurement for this long may be wrong: one request is let through to measure again."""
+"""Where nobody else can help, an estimate that is this old is put to the test by one request."""
 FIRST_FORWARD_MS = 20.0
 """What a forwarded request costs beyond its computing, as long as none was measured."""
 FORGET_S = 5.0
-"""A measurement of an upstream that is older says nothing."""
+"""A measurement that is older says nothing."""
 DOUBT_HALVES_S = 0.5
-"""A bad spell of an upstream is believed in less and less: else it would not be tried again before it is forgotten."""
+"""A bad spell is believed in less and less: else whoever had it would not be tried again before it is forgotten."""
 QUEUE_CAUTION = 1.2
 """Those in the queue before take this much longer than on average: a queue that is full is when a box is busiest."""
 
@@ -75,29 +75,33 @@ class Refuse(msgspec.Struct, frozen=True, tag=True):
 Decision = Here | Forward | Refuse
 
 
-def local_ms(view: LocalView) -> float:
+def believed_ms(estimate: Estimate, *, now_s: float) -> float:
+    """What few exceed, by measurements that are as old as they are: doubt fades, the mean stays."""
+    age_s = max(0.0, now_s - estimate.at_s)
+    doubt_ms = estimate.careful_ms - estimate.mean_ms
+    return float(estimate.mean_ms + doubt_ms * 0.5 ** (age_s / DOUBT_HALVES_S))
+
+
+def local_ms(view: LocalView, *, now_s: float) -> float:
     """When a request that joins the queue now would be done, carefully; infinite where there is no replica."""
     if view.slots == 0:
         return math.inf
     rounds_before = (view.running + view.waiting) // view.slots
-    return rounds_before * view.service.mean_ms * QUEUE_CAUTION + view.service.careful_ms
+    return rounds_before * view.service.mean_ms * QUEUE_CAUTION + believed_ms(view.service, now_s=now_s)
 
 
 def upstream_ms(upstream: UpstreamView, service: Estimate, *, now_s: float) -> float:
     """What forwarding would take, carefully. An old or missing measurement counts as a first one would."""
-    total = upstream.total
-    age_s = max(0.0, now_s - total.at_s)
-    if total.count == 0 or age_s > FORGET_S:
+    if upstream.total.count == 0 or now_s - upstream.total.at_s > FORGET_S:
         return FIRST_FORWARD_MS + 2 * service.mean_ms
-    doubt_ms = total.careful_ms - total.mean_ms
-    return float(total.mean_ms + doubt_ms * 0.5 ** (age_s / DOUBT_HALVES_S))
+    return believed_ms(upstream.total, now_s=now_s)
 
 
 def decide(
     *, split: SplitMode, remaining_ms: float, local: LocalView, upstreams: Sequence[UpstreamView], forwarded: bool, now_s: float
 ) -> Decision:
     """Who answers a request that must be done in ``remaining_ms``. A forwarded one is not forwarded again."""
-    here_ms = local_ms(local)
+    here_ms = local_ms(local, now_s=now_s)
     has_room = local.slots > 0 and local.waiting < local.queue_limit
     fits_here = has_room and here_ms <= remaining_ms
     best = None if forwarded or split == "edge" else _best_upstream(upstreams, local.service, remaining_ms=remaining_ms, now_s=now_s)
@@ -105,11 +109,13 @@ def decide(
         return Forward(best[1], best[0], "split.mode is cloud")
     if fits_here:
         return Here(here_ms, "fits here")
+    idle_s = now_s - local.service.at_s if has_room and remaining_ms > 0 and local.running + local.waiting == 0 else 0.0
+    if idle_s > FORGET_S:
+        return Here(here_ms, "idle: measured anew")
     if best is not None:
         why = "no replica is ready here" if local.slots == 0 else f"here {here_ms:.0f} ms of {remaining_ms:.0f} ms left"
         return Forward(best[1], best[0], f"{why}, at {best[1]} {best[0]:.0f} ms")
-    idle = local.running + local.waiting == 0
-    if has_room and idle and remaining_ms > 0 and now_s - local.service.at_s >= PROBE_AFTER_S:
+    if idle_s >= PROBE_AFTER_S:
         return Here(here_ms, "idle: measured anew")
     return Refuse(_why_refused(local, here_ms, remaining_ms, upstreams, forwarded), _retry_after_s(local))
 

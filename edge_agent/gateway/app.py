@@ -193,7 +193,7 @@ class Endpoints:
                     "route": route,
                     "service": pool.service,
                     "slots": pool.view.slots,
-                    "local_ms": local_ms(pool.view) if pool.view.slots else None,
+                    "local_ms": local_ms(pool.view, now_s=time.monotonic()) if pool.view.slots else None,
                 }
                 for route, pool, _ in self._service.routes()
             ]

@@ -114,7 +114,8 @@ gateway_url = "{url}"\nsample_every_s = 0.5\nwill_delay_s = 2\nreconnect_most_s 
 [coordinator]\nurl = "{self.url}"\ntoken_file = "{self.folder}/coordinator/box.token"\nproxy = "http://127.0.0.1:{proxy_port}"\n""",
             "warden": f"""fleet = "{FLEET}"\nnode = "{name}"\nstate_dir = "{folder}/warden"\nsocket = "{folder}/warden.sock"
 incoming_dir = "{folder}/agent/incoming"\nroutes_file = "{folder}/routes.json"
-trusted_keys_file = "{self.folder}/coordinator/signing.pub"\ndrivers = {json.dumps(self._drivers)}\ndrain_s = 0.5\n""",
+trusted_keys_file = "{self.folder}/coordinator/signing.pub"\ndrivers = {json.dumps(self._drivers)}
+docker_socket = "{docker_socket()}"\ndrain_s = 0.5\n""",
             "gateway": f"""node = "{name}"\ntier = "{tier}"\nlisten = "127.0.0.1:{gateway_port}"\nsocket = "{folder}/gateway.sock"
 routes_file = "{folder}/routes.json"\nupstream_proxy = "http://127.0.0.1:{proxy_port}"\n""",
         }
@@ -238,6 +239,14 @@ def left_behind(folder: Path) -> list[str]:
                     found.append(f"process {entry.name}: {command[:120]}")
     found += [f"mount {line.split()[1]}" for line in Path("/proc/mounts").read_text().splitlines() if f"{folder}/" in line]
     return found
+
+
+def docker_socket() -> str:
+    """The container engine's socket, as Docker's own client finds it, for engines on this machine."""
+    host = os.environ.get("DOCKER_HOST", "")
+    return os.environ.get("SKERRY_DOCKER_SOCKET") or (
+        host.removeprefix("unix://") if host.startswith("unix://") else "/var/run/docker.sock"
+    )
 
 
 def _python(module: str, *arguments: str) -> list[str]:

@@ -300,3 +300,10 @@ def test_a_box_that_falls_silent_keeps_its_replicas(fleet):
 
 def test_a_plan_for_nobody_is_empty():
     assert plan([], [], {"gone": BoxPlan()}) == Plan({}, {})
+
+
+def test_a_cloud_box_passes_nothing_on_to_another_cloud_box():
+    boxes = [Node(name, "cloud", {}, f"http://{name}", True, 100, 0, ["process"]) for name in ("c1", "c2")]
+    spec = Deployment("d", "m", 1, Replicas(per_node=1), {}, ["cloud"], "any", 1, 1.0, 0, "process", 50, 0.99, "overflow")
+    made = plan(boxes, [Wanted(spec, 1, ModelRef("m", 1, "digest-1", 1))], {})
+    assert [[route.upstreams for route in box.routes] for box in made.boxes.values()] == [[[]], [[]]]

@@ -1,0 +1,148 @@
+"""What gateway and sandbox add to a bare ``InferenceSession.run``: one caller, one connection, binary tensors, both measured in turn.
+
+``python -m bench.added_latency [--driver bubblewrap|docker] [--rounds N]``
+"""
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnxruntime as ort
+
+from bench.report import report
+from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
+from edge_agent.warden.drivers.docker import DockerDriver
+from edge_agent.warden.ports import Driver, SandboxSpec
+from skerry.cli import catalogue
+from skerry.demo.fleet import free_ports
+from skerry.demo.story import CACHE, MODELS
+from skerry.wire import codec, oip
+from skerry.wire.box import LocalReplica, Route, RouteTable
+
+
+def image_model(path: Path) -> Path:
+    """A float image of [1, 3, 224, 224] (602,112 bytes) to ten numbers, so that the transport is what costs."""
+    weights = np.zeros((3, 10), "f4")
+    graph = oh.make_graph(
+        [oh.make_node("ReduceMean", ["x"], ["m"], axes=[2, 3], keepdims=0), oh.make_node("MatMul", ["m", "w"], ["y"])],
+        "image",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3, 224, 224])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 10])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def bare(model: Path, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
+    """A bare session with the options that the worker uses."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = ort.InferenceSession(str(model), sess_options=options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, feeds)
+
+
+@contextlib.contextmanager
+def served(folder: Path, driver: Driver, models: dict[str, Path]) -> Iterator[int]:
+    """The models in sandboxes behind a gateway of their own; yields its port."""
+    routes = []
+    for name, model in models.items():
+        spec = SandboxSpec(name=name, model=model, socket_dir=folder / name, memory_bytes=512 * 2**20, cpus=1.0)
+        asyncio.run(driver.start(spec))
+        routes.append(Route(name, name, 1, 5000, replicas=[LocalReplica(name, str(folder / name / "worker.sock"))]))
+    while not all((folder / name / "worker.sock").exists() for name in models):
+        time.sleep(0.02)
+    (folder / "routes.json").write_bytes(codec.encode(RouteTable(1, routes)))
+    (port,) = free_ports(1)
+    (folder / "gateway.toml").write_text(
+        f'node = "bench"\ntier = "edge"\nlisten = "127.0.0.1:{port}"\nsocket = "{folder}/g.sock"\nroutes_file = "{folder}/routes.json"\n'
+    )
+    gateway = subprocess.Popen(
+        [sys.executable, "-m", "edge_agent.gateway", "--config", str(folder / "gateway.toml")], stdout=subprocess.DEVNULL
+    )
+    try:
+        time.sleep(1.5)
+        yield port
+    finally:
+        gateway.terminate()
+        gateway.wait()
+        for name in models:
+            asyncio.run(driver.stop(name, grace_s=1))
+
+
+def asking(port: int, model: str, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
+    """One request on a kept connection; raises unless it was answered here."""
+    datatypes = {"float32": "FP32", "int64": "INT64"}
+    tensors = [oip.Tensor(name, datatypes[str(value.dtype)], value.shape, value.tobytes()) for name, value in feeds.items()]
+    body, headers = oip.render_request(tensors)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+
+    def ask() -> bytes:
+        connection.request("POST", f"/v2/models/{model}/infer", body, headers)
+        response = connection.getresponse()
+        answer = response.read()
+        if response.status != 200:
+            raise RuntimeError(answer)
+        return answer
+
+    return ask
+
+
+def medians(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median milliseconds of each, taken in turn in blocks of 20, so that both see the same machine."""
+    for _ in range(50):
+        first()
+        second()
+    took: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds // 20):
+        for index, work in enumerate((first, second)):
+            for _ in range(20):
+                started = time.perf_counter()
+                work()
+                took[index].append((time.perf_counter() - started) * 1000)
+    return statistics.median(took[0]), statistics.median(took[1])
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--driver", choices=["bubblewrap", "docker"], default="bubblewrap")
+    parser.add_argument("--rounds", type=int, default=2000)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp"))
+    driver: Driver = BubblewrapDriver(folder / "run") if arguments.driver == "bubblewrap" else DockerDriver(folder / "run", owner="bench")
+    speech = next(manifest for manifest in catalogue.read_catalogue(MODELS) if manifest.name == "speech-detector")
+    models = {"speech": catalogue.materialise(speech, CACHE).resolve(), "image": image_model(folder / "image.onnx")}
+    feeds: dict[str, dict[str, np.ndarray]] = {
+        "speech": {"input": np.zeros((1, 576), "f4"), "state": np.zeros((2, 1, 128), "f4"), "sr": np.array(16000, "i8")},
+        "image": {"x": np.random.default_rng(1).random((1, 3, 224, 224), "f4")},
+    }
+    figures: dict[str, object] = {"driver": arguments.driver, "rounds": arguments.rounds}
+    try:
+        with served(folder, driver, models) as port:
+            for name, bar_ms in (("speech", 0.6), ("image", 1.5)):
+                bare_ms, through_ms = medians(bare(models[name], feeds[name]), asking(port, name, feeds[name]), arguments.rounds)
+                figures[name] = {
+                    "bare_p50_ms": round(bare_ms, 3), "through_p50_ms": round(through_ms, 3),
+                    "added_p50_ms": round(through_ms - bare_ms, 3), "bar_ms": bar_ms, "reached": through_ms - bare_ms <= bar_ms,
+                }  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report("added_latency", **msgspec.to_builtins(figures))
+
+
+if __name__ == "__main__":
+    main()

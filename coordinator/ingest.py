@@ -9,6 +9,7 @@ import msgspec
 from sqlite_utils import Database as Tables
 
 from coordinator.core.sequence import Numbering, begun, give_up, take
+from coordinator.core.twins import seen
 from coordinator.live import Live
 from coordinator.news import News
 from coordinator.registry import events, measurements, nodes
@@ -32,6 +33,7 @@ KINDS: dict[str, type[msgspec.Struct]] = {
 BATCH = 500
 FLUSH_S = 2.0
 RETRY_S = 1.0
+TWINS_EVERY_S = 60.0
 
 
 class _Settled(msgspec.Struct):
@@ -65,6 +67,8 @@ class Ingest:
         self._dropped: dict[tuple[str, str], int] = {}
         self._served: dict[tuple[str, int, str], Served] = {}
         self._loads: dict[tuple[str, int], BoxLoad] = {}
+        self._outboxes: dict[str, tuple[str, ...]] = {}
+        self._twins_told_at: dict[str, float] = {}
         self.malformed = 0
 
     async def run(self, queue: "asyncio.Queue[Message]", stop: asyncio.Event) -> None:
@@ -97,15 +101,27 @@ class Ingest:
             await self._take_metrics(node, batch_of_samples)
         if metrics:
             self._news.tell("metrics")
+        twins = self._find_twins(durable)
         while durable and not stop.is_set():
             try:
-                settled = await self._database.write(lambda tables: _save(tables, durable, time.time_ns() // 1_000_000))
+                settled = await self._database.write(lambda tables: _save(tables, durable, twins, time.time_ns() // 1_000_000))
             except RegistryFailed as exc:
                 logger.error("ingest.stalled", reason=str(exc))
                 await lifecycle.sleep_until(stop, RETRY_S)
                 continue
             await self._after(settled)
             return
+
+    def _find_twins(self, batch: list[tuple[str, msgspec.Struct]]) -> list[str]:
+        """Names under which two boxes take turns, each told once in TWINS_EVERY_S."""
+        found = []
+        for node, message in batch:
+            if isinstance(message, Birth) and message.outbox_epoch:
+                self._outboxes[node], is_twin = seen(self._outboxes.get(node, ()), message.outbox_epoch)
+                if is_twin and time.monotonic() - self._twins_told_at.get(node, -TWINS_EVERY_S) >= TWINS_EVERY_S:
+                    self._twins_told_at[node] = time.monotonic()
+                    found.append(node)
+        return found
 
     async def _after(self, settled: _Settled) -> None:
         for node, ack in settled.acks.items():
@@ -187,30 +203,38 @@ class Ingest:
                 self._loads.setdefault(load_key, load)
 
 
-def _save(tables: Tables, batch: list[tuple[str, msgspec.Struct]], now_ms: int) -> _Settled:
+def _save(tables: Tables, batch: list[tuple[str, msgspec.Struct]], twins: list[str], now_ms: int) -> _Settled:
     """Everything but metrics, in one transaction."""
     settled = _Settled()
+    for node in twins:
+        text = "two agents take turns under this name: give each box a name of its own"
+        events.add_own_event(tables, node, "node.duplicate", node, text, now_ms)
+        settled.topics.add("events")
     for node, message in batch:
-        match message:
-            case Presence():
-                if nodes.save_presence(tables, node, message, now_ms):
-                    kind = "node.online" if message.online else "node.offline"
-                    events.add_own_event(tables, node, kind, node, f"session {message.session_epoch}", now_ms)
-                    settled.topics |= {"nodes", "events"}
-                    settled.replan = True
-            case Birth():
-                if nodes.save_birth(tables, node, message, now_ms):
-                    settled.topics.add("nodes")
-                    settled.replan = True
-            case Reported():
-                if nodes.save_reported(tables, node, message, now_ms):
-                    settled.topics |= {"nodes", "deployments"}
-            case EventBatch() if message.events and message.events[0].epoch != events.OWN_EPOCH:
-                one_epoch = [event for event in message.events if event.epoch == message.events[0].epoch]
-                fresh, seq = events.save_events(tables, node, one_epoch, oldest=message.oldest, dropped=message.lost, now_ms=now_ms)
-                settled.acks[node] = Ack(one_epoch[0].epoch, seq)
-                if fresh:
-                    settled.topics.add("events")
-            case _:
-                pass
+        _save_one(tables, node, message, settled, now_ms)
     return settled
+
+
+def _save_one(tables: Tables, node: str, message: msgspec.Struct, settled: _Settled, now_ms: int) -> None:
+    match message:
+        case Presence():
+            if nodes.save_presence(tables, node, message, now_ms):
+                kind = "node.online" if message.online else "node.offline"
+                events.add_own_event(tables, node, kind, node, f"session {message.session_epoch}", now_ms)
+                settled.topics |= {"nodes", "events"}
+                settled.replan = True
+        case Birth():
+            if nodes.save_birth(tables, node, message, now_ms):
+                settled.topics.add("nodes")
+                settled.replan = True
+        case Reported():
+            if nodes.save_reported(tables, node, message, now_ms):
+                settled.topics |= {"nodes", "deployments"}
+        case EventBatch() if message.events and message.events[0].epoch != events.OWN_EPOCH:
+            one_epoch = [event for event in message.events if event.epoch == message.events[0].epoch]
+            fresh, seq = events.save_events(tables, node, one_epoch, oldest=message.oldest, dropped=message.lost, now_ms=now_ms)
+            settled.acks[node] = Ack(one_epoch[0].epoch, seq)
+            if fresh:
+                settled.topics.add("events")
+        case _:
+            pass

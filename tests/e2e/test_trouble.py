@@ -1,0 +1,153 @@
+"""What goes wrong on real boxes: no broker at the start, two boxes of one name, a full disk, Docker for sandboxes, the demo itself."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from edge_agent.warden.drivers.docker import DockerDriver
+from skerry.demo.fleet import docker_socket, left_behind
+from tests.conftest import need
+from tests.e2e.test_fleet import SCALE, good, infer_url, post
+from tests.e2e.world import running, wait_until
+
+
+def docker_is_absent(tmp_path: Path) -> str:
+    import asyncio
+
+    return asyncio.run(DockerDriver(tmp_path / "probe", socket=Path(docker_socket()), owner="probe").probe())
+
+
+def test_with_docker_each_replica_is_a_container_and_answers_right(scale_model, tmp_path):
+    need("docker", docker_is_absent(tmp_path))
+    with running(drivers=("docker", "bubblewrap")) as world:
+        world.push(scale_model, "scale")
+        world.deploy(SCALE + "isolation: {at_least: container}\n")
+        view = world.wait_ready("scale")
+        assert {(p.driver, p.rung) for p in view.placements} == {("docker", "container")}
+        wait_until(lambda: post(infer_url(world), good())[2].get("Skerry-Served-By") == "edge", 10)
+        assert post(infer_url(world), good())[1]["outputs"][0]["data"] == [2.0, 4.0, 6.0]
+
+
+def test_a_broker_that_comes_late_is_waited_for_and_isolation_that_no_box_has_is_refused(scale_model):
+    with running(wait=False) as world:
+        world.do(world.fleet.kill("broker"))
+        world.push(scale_model, "scale")
+        world.deploy(SCALE)
+        time.sleep(2)
+        assert not world.status().broker_connected
+        assert world.fleet.dead() == ["broker"]
+        world.do(world.fleet.start_process("broker"))
+        wait_until(lambda: len(world.nodes()) == 4 and all(node.state == "online" for node in world.nodes()), 30, world.log_tails)
+        world.wait_ready("scale")
+        world.deploy(SCALE.replace("name: scale", "name: strict") + "isolation: {at_least: microvm}\n")
+        wait_until(lambda: len(world.deployment("strict").refusals) == 4, 10)
+        assert all("microvm is asked for" in refusal.reason for refusal in world.deployment("strict").refusals)
+        assert world.deployment("strict").problem == "no box fits"
+
+
+def test_a_second_agent_of_the_same_name_is_told_so_and_the_fleet_converges(scale_model):
+    with running(broker_kind="mosquitto" if not mosquitto_is_absent() else "embedded") as world:
+        need("mosquitto", mosquitto_is_absent())
+        box = world.box("van-7")
+        other = box.folder / "agent2.toml"
+        other.write_text((box.folder / "agent.toml").read_text().replace(f"{box.folder}/agent", f"{box.folder}/agent2"))
+        same_state = subprocess.run(
+            [sys.executable, "-m", "edge_agent.link", "--config", str(box.folder / "agent.toml")],
+            capture_output=True,
+            timeout=20,
+            check=False,
+        )
+        assert same_state.returncode == 78
+        assert b"runs already with process id" in same_state.stderr
+        log = world.fleet.logs / "second.log"
+        with log.open("wb") as out:
+            second = subprocess.Popen([sys.executable, "-m", "edge_agent.link", "--config", str(other)], stdout=out, stderr=out)
+        try:
+            wait_until(lambda: any(e.kind == "node.duplicate" for e in world.events(node="van-7")), 30, log.read_text)
+            words = "does another agent run as node 'van-7'?"
+            wait_until(lambda: any(words in e.text for e in world.events(node="van-7")) or words in log.read_text(), 30, log.read_text)
+        finally:
+            second.terminate()
+            second.wait(20)
+        world.do(world.fleet.kill("van-7.agent"))
+        world.do(world.fleet.start_process("van-7.agent"))
+        world.push(scale_model, "scale")
+        world.deploy(SCALE)
+        world.wait_ready("scale")
+        wait_until(lambda: all(s.missing == 0 and s.lost == 0 for s in world.node("van-7").streams if s.stream == "events"), 30)
+
+
+def mosquitto_is_absent() -> str:
+    from skerry.demo.broker import find_mosquitto
+
+    return "" if find_mosquitto() else "mosquitto is not installed"
+
+
+@pytest.fixture
+def small_disk():
+    """A file system of 100 MiB."""
+    if os.geteuid() != 0:
+        need("a file system of its own", "only root may mount a tmpfs")
+    folder = Path(tempfile.mkdtemp(prefix="sk-disk-", dir="/tmp"))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], capture_output=True, check=False)
+    need("a file system of its own", mounted.stderr.decode().strip())
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+    folder.rmdir()
+
+
+def test_a_box_whose_disk_is_full_goes_on_answering_and_says_so_and_heals(scale_model, small_disk):
+    with running(wait=False) as world:
+        world.do(world.fleet.kill("store-1.agent"))
+        world.do(world.fleet.kill("store-1.warden"))
+        for program in ("agent", "warden"):
+            folder = world.box("store-1").folder / program
+            if folder.exists():
+                shutil.rmtree(folder)
+            (small_disk / program).mkdir()
+            folder.symlink_to(small_disk / program)
+        for program in ("agent", "warden"):
+            world.do(world.fleet.start_process(f"store-1.{program}"))
+        wait_until(
+            lambda: len(world.nodes()) == 4 and all(node.state == "online" and node.rungs for node in world.nodes()), 30, world.log_tails
+        )
+        world.push(scale_model, "scale")
+        world.deploy(SCALE)
+        world.wait_ready("scale")
+        wait_until(lambda: post(infer_url(world), good())[2].get("Skerry-Served-By") == "edge", 10)
+        ballast = small_disk / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(65536))
+        world.deploy(SCALE.replace("name: scale", "name: second"))
+        for _ in range(30):
+            assert post(infer_url(world), good())[0] == 200
+            time.sleep(0.1)
+        assert not world.fleet.dead(), world.log_tails()
+        wait_until(
+            lambda: world.node("store-1").refused != "" or "disk" in world.log_tails() or "full" in world.log_tails(), 15, world.log_tails
+        )
+        ballast.unlink()
+        world.deploy(SCALE.replace("name: scale", "name: third"))
+        world.wait_ready("third")
+        world.wait_ready("second")
+        assert world.node("store-1").refused == ""
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_holds_every_step_and_leaves_nothing_behind():
+    folder = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp")) / "d"
+    done = subprocess.run(
+        [sys.executable, "-m", "skerry", "demo", "--dir", str(folder), "--seconds", "1", "--plain", "--broker", "embedded"],
+        capture_output=True, timeout=280, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout.decode()[-4000:] + done.stderr.decode()[-2000:]
+    assert b"every step held" in done.stdout
+    assert left_behind(folder) == []

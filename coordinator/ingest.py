@@ -73,24 +73,23 @@ class Ingest:
 
     async def run(self, queue: "asyncio.Queue[Message]", stop: asyncio.Event) -> None:
         """Take messages until ``stop`` is set."""
-        flusher = asyncio.create_task(self._flush_loop(stop), name="coordinator.ingest.flush")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._flush_loop(stop), name="coordinator.ingest.flush")
+            tasks.create_task(self._take_loop(queue, stop), name="coordinator.ingest.take")
+        await self.flush()
+
+    async def _take_loop(self, queue: "asyncio.Queue[Message]", stop: asyncio.Event) -> None:
         stopping = asyncio.create_task(stop.wait(), name="coordinator.ingest.stop")
-        try:
-            while not stop.is_set():
-                getting = asyncio.create_task(queue.get(), name="coordinator.ingest.get")
-                await asyncio.wait([getting, stopping], return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    getting.cancel()
-                    break
-                batch = [getting.result()]
-                while len(batch) < BATCH and not queue.empty():
-                    batch.append(queue.get_nowait())
-                await self._take(batch, stop)
-        finally:
-            stopping.cancel()
-            flusher.cancel()
-            await asyncio.gather(flusher, stopping, return_exceptions=True)
-            await self.flush()
+        while not stop.is_set():
+            getting = asyncio.create_task(queue.get(), name="coordinator.ingest.get")
+            await asyncio.wait([getting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not getting.done():
+                getting.cancel()
+                break
+            batch = [getting.result()]
+            while len(batch) < BATCH and not queue.empty():
+                batch.append(queue.get_nowait())
+            await self._take(batch, stop)
 
     async def _take(self, batch: list[Message], stop: asyncio.Event) -> None:
         """One batch, tried again for as long as the disk refuses: what is behind it waits in the queue, and boxes keep their events."""

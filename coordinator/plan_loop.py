@@ -6,7 +6,7 @@ import time
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core import deployment, planner
+from coordinator.core import planner
 from coordinator.news import News
 from coordinator.publish import Publisher
 from coordinator.registry import deployments, models, nodes
@@ -43,10 +43,10 @@ def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
     """Plan and keep the plan; returns the documents that changed."""
     boxes = [box for stored in nodes.read_nodes(tables) if (box := node_of(stored)) is not None]
     held = {(model.ref.name, model.ref.version): model.ref for model in models.read_models(tables)}
-    wanted = []
-    for stored in deployments.read_deployments(tables):
-        spec = deployment.parse(stored.text)
-        wanted.append(planner.Wanted(spec, stored.generation, held.get((spec.model, spec.version))))
+    wanted = [
+        planner.Wanted(stored.spec, stored.generation, held.get((stored.spec.model, stored.spec.version)))
+        for stored in deployments.read_deployments(tables)
+    ]
     before = nodes.read_desired(tables)
     plan = planner.plan(boxes, wanted, {node: planner.BoxPlan(doc.replicas, doc.routes) for node, doc in before.items()})
     changed = []

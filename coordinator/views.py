@@ -4,7 +4,6 @@ import time
 
 from sqlite_utils import Database as Tables
 
-from coordinator.core import deployment as deployment_file
 from coordinator.core.planner import Outcome
 from coordinator.live import Live
 from coordinator.registry import deployments, events, measurements, models, nodes
@@ -114,7 +113,7 @@ class Views:
         desired: dict[str, Desired],
         reports: dict[tuple[str, str], ReplicaReport],
     ) -> DeploymentView:
-        spec = deployment_file.parse(stored.text)
+        spec = stored.spec
         specs = {(node, replica.name): replica for node, document in desired.items() for replica in document.replicas}
         placements = [
             _placement(p.node, p.replica, p.reason, specs.get((p.node, p.replica)), reports.get((p.node, p.replica)))
@@ -148,8 +147,7 @@ class Views:
         def work(tables: Tables) -> list[ModelView]:
             used: dict[tuple[str, int], list[str]] = {}
             for stored in deployments.read_deployments(tables):
-                spec = deployment_file.parse(stored.text)
-                used.setdefault((spec.model, spec.version), []).append(stored.name)
+                used.setdefault((stored.spec.model, stored.spec.version), []).append(stored.name)
             return [
                 ModelView(
                     m.ref.name, m.ref.version, m.ref.sha256, m.ref.size_bytes, m.pushed_at_ms, used.get((m.ref.name, m.ref.version), [])

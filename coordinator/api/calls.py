@@ -192,7 +192,7 @@ class Calls:
         now_ms = time.time_ns() // 1_000_000
 
         def work(tables: Tables) -> int:
-            generation = deployments.save_deployment(tables, spec.name, text, now_ms)
+            generation = deployments.save_deployment(tables, spec, text, now_ms)
             events.add_own_event(tables, "", "deployment.accepted", spec.name, f"generation {generation}", now_ms)
             return generation
 

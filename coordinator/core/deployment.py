@@ -45,7 +45,7 @@ class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one replica may use."""
 
     memory: str | int = "512MiB"
-    cpus: Annotated[float, msgspec.Meta(gt=0, le=1024)] = 1.0
+    cpus: Annotated[float, msgspec.Meta(ge=0.01, le=1024)] = 1.0
     gpu_memory: str | int = 0
 
 

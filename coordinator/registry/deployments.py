@@ -5,21 +5,25 @@ from typing import Any
 import msgspec
 from sqlite_utils import Database as Tables
 
+from coordinator.core.deployment import Deployment
 from coordinator.core.planner import Outcome
+from skerry.wire import codec
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """A deployment's text and when it came."""
+    """A deployment's text, what it was found to say when it came, and when that was."""
 
     name: str
     generation: int
     text: str
+    spec: Deployment
     created_at_ms: int
     changed_at_ms: int
 
 
 def _stored(row: dict[str, Any]) -> Stored:
-    return msgspec.convert({key: row[key] for key in Stored.__struct_fields__}, Stored)
+    spec = codec.decode(row["spec"].encode(), Deployment)
+    return msgspec.convert({**{key: row[key] for key in Stored.__struct_fields__}, "spec": spec}, Stored)
 
 
 def read_deployments(tables: Tables) -> list[Stored]:
@@ -27,8 +31,9 @@ def read_deployments(tables: Tables) -> list[Stored]:
     return [_stored(row) for row in tables.query("SELECT * FROM deployments ORDER BY created_at_ms, name")]
 
 
-def save_deployment(tables: Tables, name: str, text: str, now_ms: int) -> int:
+def save_deployment(tables: Tables, spec: Deployment, text: str, now_ms: int) -> int:
     """Keep a deployment; returns its generation, which moves only when the text does, and never back, not even after a deletion."""
+    name = spec.name
     row = next(tables.query("SELECT generation, text FROM deployments WHERE name = ?", [name]), None)
     if row is not None and row["text"] == text:
         generation: int = row["generation"]
@@ -36,9 +41,9 @@ def save_deployment(tables: Tables, name: str, text: str, now_ms: int) -> int:
     last = next(tables.query("SELECT last FROM generations WHERE name = ?", [name]), {"last": 0})["last"]
     tables.execute("INSERT OR REPLACE INTO generations VALUES (?, ?)", [name, last + 1])
     tables.execute(
-        "INSERT INTO deployments VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
-        "generation = excluded.generation, text = excluded.text, changed_at_ms = excluded.changed_at_ms",
-        [name, last + 1, text, now_ms, now_ms],
+        "INSERT INTO deployments VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+        "generation = excluded.generation, text = excluded.text, spec = excluded.spec, changed_at_ms = excluded.changed_at_ms",
+        [name, last + 1, text, codec.encode(spec).decode(), now_ms, now_ms],
     )
     return int(last) + 1
 

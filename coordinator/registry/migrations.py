@@ -13,8 +13,8 @@ STEPS: list[str] = [
         name TEXT NOT NULL, version INTEGER NOT NULL, sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL, warmup TEXT NOT NULL,
         pushed_at_ms INTEGER NOT NULL, PRIMARY KEY (name, version));
     CREATE TABLE deployments (
-        name TEXT PRIMARY KEY, generation INTEGER NOT NULL, text TEXT NOT NULL, created_at_ms INTEGER NOT NULL,
-        changed_at_ms INTEGER NOT NULL);
+        name TEXT PRIMARY KEY, generation INTEGER NOT NULL, text TEXT NOT NULL, spec TEXT NOT NULL,
+        created_at_ms INTEGER NOT NULL, changed_at_ms INTEGER NOT NULL);
     CREATE TABLE generations (name TEXT PRIMARY KEY, last INTEGER NOT NULL);
     CREATE TABLE outcomes (deployment TEXT PRIMARY KEY, outcome TEXT NOT NULL);
     CREATE TABLE events (

@@ -80,7 +80,13 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         session.report(state.reported)
         artifacts.need(state.needs)
 
+    journal_lost = 0
+
     def on_entries(entries: Entries) -> tuple[str, int] | None:
+        nonlocal journal_lost
+        if entries.lost > journal_lost:
+            journal_lost = entries.lost
+            session.say_event("journal.dropped", config.node, f"{entries.lost} entries of the warden's journal were dropped in all")
         try:
             outbox.add_entries(entries.journal, entries.entries)
         except OutboxFailed as exc:

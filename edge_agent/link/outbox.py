@@ -53,7 +53,8 @@ class Outbox:
         row = self._db.execute("SELECT epoch, sample_seq FROM box").fetchone()
         self.epoch: str = row[0]
         newest = self._db.execute("SELECT max(seq) FROM samples").fetchone()[0] or 0
-        # Samples are written without fsync: after a power cut the next number must still be one that was never used.
+        # Samples are written without fsync: a power cut can undo the last few, whose numbers are then given out again, and the
+        # coordinator takes the new ones for repeats. Events are written with fsync, and keep their numbers.
         self._sample_seq: int = max(row[1], newest)
         self._unwritten_samples = 0
         self._unwritten_events = 0

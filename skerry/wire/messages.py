@@ -1,6 +1,6 @@
 """Every message between box and coordinator. New fields get defaults, types never change, unknown fields are ignored."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -13,6 +13,11 @@ RUNGS: tuple[Rung, ...] = ("process", "container", "gvisor", "microvm")
 """Weakest first."""
 Phase = Literal["pending", "fetching", "starting", "ready", "draining", "backoff", "failed"]
 SplitMode = Literal["edge", "cloud", "overflow"]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""A number that every reader can hold, JavaScript and SQLite included; a box in an enemy's hands sends others."""
+Bucket = Annotated[int, msgspec.Meta(ge=0, le=1000)]
+Ratio = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+Reading = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 
 
 class Presence(msgspec.Struct, frozen=True):
@@ -20,7 +25,7 @@ class Presence(msgspec.Struct, frozen=True):
 
     online: bool
     boot_id: str
-    session_epoch: int
+    session_epoch: Count
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -28,7 +33,7 @@ class Gpu(msgspec.Struct, frozen=True):
 
     uuid: str
     name: str
-    memory_mib: int
+    memory_mib: Count
     driver: str = ""
 
 
@@ -39,17 +44,17 @@ class Birth(msgspec.Struct, frozen=True):
     labels: dict[str, str]
     gateway_url: str
     boot_id: str
-    session_epoch: int
+    session_epoch: Count
     version: str
-    cpus: int
-    memory_bytes: int
+    cpus: Count
+    memory_bytes: Count
     gpus: list[Gpu] = []
     rungs: list[Rung] = []
     outbox_epoch: str = ""
-    desired_generation: int = 0
+    desired_generation: Count = 0
 
 
-class WarmupTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class WarmupTensor(msgspec.Struct, frozen=True):
     """One input of the run that a worker makes before it says that it is ready, filled with ``value``."""
 
     name: str
@@ -61,9 +66,9 @@ class ModelRef(msgspec.Struct, frozen=True):
     """A model version pinned by content."""
 
     name: str
-    version: int
+    version: Count
     sha256: str
-    size_bytes: int
+    size_bytes: Count
     warmup: list[WarmupTensor] = []
 
 
@@ -72,11 +77,11 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
 
     name: str
     deployment: str
-    generation: int
+    generation: Count
     model: ModelRef
-    memory_bytes: int
+    memory_bytes: Count
     cpus: float
-    gpu_memory_bytes: int = 0
+    gpu_memory_bytes: Count = 0
     isolation_at_least: Rung = "process"
 
 
@@ -93,8 +98,8 @@ class RouteSpec(msgspec.Struct, frozen=True):
 
     deployment: str
     model: str
-    version: int
-    deadline_ms: int
+    version: Count
+    deadline_ms: Count
     split: SplitMode = "overflow"
     upstreams: list[Upstream] = []
 
@@ -104,8 +109,8 @@ class Desired(msgspec.Struct, frozen=True):
 
     fleet: str
     node: str
-    generation: int
-    issued_at_ms: int
+    generation: Count
+    issued_at_ms: Count
     replicas: list[ReplicaSpec] = []
     routes: list[RouteSpec] = []
 
@@ -115,20 +120,20 @@ class ReplicaReport(msgspec.Struct, frozen=True):
 
     name: str
     deployment: str
-    generation: int
+    generation: Count
     phase: Phase
     reason: str = ""
     sha256: str = ""
     provider: str = ""
     driver: str = ""
     rung: Rung | None = None
-    restarts: int = 0
+    restarts: Count = 0
 
 
 class Reported(msgspec.Struct, frozen=True):
     """The box's answer to the desired document of ``generation``; ``refused`` names a document that it would not take."""
 
-    generation: int
+    generation: Count
     replicas: list[ReplicaReport] = []
     refused: str = ""
 
@@ -137,8 +142,8 @@ class Event(msgspec.Struct, frozen=True):
     """Something that happened once; (node, epoch, seq) names it for ever."""
 
     epoch: str
-    seq: int
-    at_ms: int
+    seq: Count
+    at_ms: Count
     kind: str
     subject: str = ""
     text: str = ""
@@ -149,15 +154,15 @@ class EventBatch(msgspec.Struct, frozen=True):
     what is missing below will never come."""
 
     events: list[Event]
-    lost: int = 0
-    oldest: int = 0
+    lost: Count = 0
+    oldest: Count = 0
 
 
 class Ack(msgspec.Struct, frozen=True):
     """The coordinator's word that every event of ``epoch`` up to ``events_seq`` stands in its database."""
 
     epoch: str
-    events_seq: int
+    events_seq: Count
 
 
 class ServeSample(msgspec.Struct, frozen=True):
@@ -167,45 +172,45 @@ class ServeSample(msgspec.Struct, frozen=True):
     """
 
     deployment: str
-    edge: int = 0
-    peer: int = 0
-    cloud: int = 0
-    refused: int = 0
-    failed: int = 0
-    late: int = 0
-    latency: dict[int, int] = {}
+    edge: Count = 0
+    peer: Count = 0
+    cloud: Count = 0
+    refused: Count = 0
+    failed: Count = 0
+    late: Count = 0
+    latency: dict[Bucket, Count] = {}
 
 
 class GpuSample(msgspec.Struct, frozen=True):
     """One GPU's counters; ``utilization_ratio`` is 0 to 1."""
 
     uuid: str
-    utilization_ratio: float
-    memory_used_mib: int
-    temperature_c: float
-    power_w: float
+    utilization_ratio: Ratio
+    memory_used_mib: Count
+    temperature_c: Reading
+    power_w: Reading
 
 
 class Sample(msgspec.Struct, frozen=True):
     """One reading of a box. ``seq`` rises by one per reading, so that a gap is seen; ``outbox_*`` is what waits to be confirmed."""
 
     epoch: str
-    seq: int
-    at_ms: int
-    cpu_ratio: float
-    memory_used_bytes: int
+    seq: Count
+    at_ms: Count
+    cpu_ratio: Ratio
+    memory_used_bytes: Count
     gpus: list[GpuSample] = []
     serve: list[ServeSample] = []
-    outbox_events: int = 0
-    outbox_samples: int = 0
+    outbox_events: Count = 0
+    outbox_samples: Count = 0
 
 
 class MetricsBatch(msgspec.Struct, frozen=True):
     """Readings in order; ``lost`` and ``oldest`` as in EventBatch."""
 
     samples: list[Sample]
-    lost: int = 0
-    oldest: int = 0
+    lost: Count = 0
+    oldest: Count = 0
 
 
 MESSAGES: tuple[type[msgspec.Struct], ...] = (Presence, Birth, Desired, Reported, EventBatch, MetricsBatch, Ack)

@@ -77,7 +77,7 @@ def test_json_is_taken_as_well():
         ("slo:\n  target: .nan", "slo.target", 4, "expected `float`"),
         ("resources:\n  cpus: .nan", "resources.cpus", 4, "expected `float`"),
         ("resources:\n  cpus: .inf", "resources.cpus", 4, "<= 1024"),
-        ("resources:\n  cpus: -1", "resources.cpus", 4, "> 0"),
+        ("resources:\n  cpus: -1", "resources.cpus", 4, ">= 0.01"),
         ("resources:\n  memory: .inf", "resources.memory", 4, "expected `int | str`"),
         ("resources:\n  memory: 512 Mb", "resources.memory", 4, "512MiB"),
         ("resources:\n  memory: -5", "resources.memory", 4, "512MiB"),

@@ -54,7 +54,7 @@ def test_what_is_held_already_is_taken_again_and_so_is_what_is_newer():
         (doc(node="other"), "f/other, this box is f/n"),
         (doc(fleet="other"), "other/n, this box is f/n"),
         (doc(4), "4 is older than 5"),
-        (doc(-1), "older"),
+        (doc(-1), "Expected `int` >= 0 - at `$.generation`".replace("$", r"\$")),
         (doc(5, replica()), "another document of generation 5"),
         (doc(6, replica("../x")), "'../x' is not a name"),
         (doc(6, replica("")), "'' is not a name"),

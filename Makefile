@@ -50,6 +50,7 @@ test: check ## the checks and every test; ends with what was not run and why
 
 lock: ## resolve the requirements again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu --extra demo --group build pyproject.toml -o requirements/demo.txt
+	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu -c requirements/demo.txt pyproject.toml -o requirements/box.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu --extra demo --group build --group test -c requirements/demo.txt pyproject.toml -o requirements/test.txt
 
 schema: setup ## write skerry/wire/schema.json again, after SCHEMA_VERSION was raised

@@ -367,3 +367,20 @@ def test_deleting_a_deployment_drains_it_everywhere(world, scale_model):
     wait_until(lambda: all(r.deployment != "passing" for n in world.nodes() for r in n.replicas), 20)
     assert not (world.box("store-1").folder / "warden" / "bubblewrap" / "passing-0").exists()
     assert post(infer_url(world, model="passing"), good())[0] == 404
+
+
+def test_the_warden_has_no_socket_but_unix_ones(world):
+    inodes = {inode for name in ("tcp", "tcp6", "udp", "udp6", "raw") for inode in socket_inodes(name)}
+    held = set()
+    for entry in Path(f"/proc/{world.fleet.pid('store-1.warden')}/fd").iterdir():
+        target = str(entry.readlink())
+        if target.startswith("socket:["):
+            held.add(target[8:-1])
+    assert held, "it listens for the agent"
+    assert not held & inodes
+    gateway = {str(entry.readlink())[8:-1] for entry in Path(f"/proc/{world.fleet.pid('store-1.gateway')}/fd").iterdir()}
+    assert gateway & inodes, "the check would see one"
+
+
+def socket_inodes(name: str) -> set[str]:
+    return {line.split()[9] for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]}

@@ -5,7 +5,6 @@
 
 import argparse
 import asyncio
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -156,9 +155,7 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--driver", choices=["bubblewrap", "docker", "gvisor"], default="bubblewrap")
-    parser.add_argument(
-        "--docker-socket", default=os.environ.get("SKERRY_DOCKER_SOCKET", ""), help="default: SKERRY_DOCKER_SOCKET, else the machine's"
-    )
+    parser.add_argument("--docker-socket", default="", help="default: SKERRY_DOCKER_SOCKET, DOCKER_HOST, else the machine's engine")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--place", choices=["one", "all"], default="one", help="all: the four boxes' sandboxes start at one time, on this machine"

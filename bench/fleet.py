@@ -52,6 +52,7 @@ CUT_S = (5.0, 20.0)
 SETTLE_S = 90.0
 """What the last messages may take: a box that was cut off for long tries again after up to a minute."""
 READY_WITHIN_S = 60.0
+END_WITHIN_S = 15.0
 PAGE_TIMEOUT_S = 10.0
 LOOK_EVERY_S = 5.0
 
@@ -105,19 +106,18 @@ async def boxes_on(ground: Ground, *, count: int, drops: float) -> AsyncIterator
             await one.uplink.start()
         await one.box.run(stop)
 
-    async with asyncio.TaskGroup() as tasks:
-        for index, one in enumerate(plugged):
-            tasks.create_task(live(one, RAMP_S * index / count), name=one.box.node)
-        try:
-            yield plugged
-        finally:
-            stop.set()
-            for one in plugged:
-                if one.uplink is not None:
-                    one.uplink.mend()
-    for one in plugged:
-        if one.uplink is not None:
-            await one.uplink.stop()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            lives = [tasks.create_task(live(one, RAMP_S * index / count), name=one.box.node) for index, one in enumerate(plugged)]
+            try:
+                yield plugged
+            finally:
+                stop.set()
+                await asyncio.wait(lives, timeout=END_WITHIN_S)  # else the group would cancel them where this was interrupted
+    finally:
+        for one in plugged:
+            if one.uplink is not None:
+                await one.uplink.stop()
 
 
 async def deploy(ground: Ground, session: aiohttp.ClientSession, count: int) -> float:
@@ -152,7 +152,7 @@ async def cut_off(uplink: Uplink, *, within_s: float, chance: random.Random) -> 
 
 
 class Pages:
-    """Loads the console's pages, and what their plots ask for, and keeps how long each took."""
+    """Loads the console's pages, and what their plots ask for, and keeps how long each took that came."""
 
     def __init__(self, ground: Ground, session: aiohttp.ClientSession, nodes: list[str]) -> None:
         self._ground = ground
@@ -176,9 +176,10 @@ class Pages:
         ):
             started = time.perf_counter()
             failure = await self._load(path)
-            self.took_ms.setdefault(kind, []).append((time.perf_counter() - started) * 1000)
             if failure:
                 self.failures[f"{kind}: {failure}"] += 1
+            else:
+                self.took_ms.setdefault(kind, []).append((time.perf_counter() - started) * 1000)
 
     async def _load(self, path: str) -> str:
         """Empty, or why the page did not come."""
@@ -304,7 +305,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
         if arguments.log:
             arguments.log.write_bytes((ground.logs / "coordinator.log").read_bytes())
     took = watching.result()
-    slowest_ms = max(max(took_ms) for kind, took_ms in pages.took_ms.items() if not kind.startswith("data"))
+    slowest_ms = max((max(took_ms) for kind, took_ms in pages.took_ms.items() if not kind.startswith("data")), default=0.0)
     return {
         "boxes": count,
         "seconds": arguments.seconds,

@@ -1,9 +1,12 @@
 """A hundred boxes on one coordinator: is every event and sample in its registry once, and how fast are its pages meanwhile?
 
-``python -m bench.fleet [--boxes N] [--seconds S] [--drops SHARE]``
+``python -m bench.fleet [--boxes N] [--seconds S] [--drops SHARE] [--history-min M]``
 
 The broker and the coordinator are the real programs. The boxes are sim/box.py: the agent's own session and outbox, all in this
 process. Some are cut off for a while, as a pulled plug does it. At the end the registry is compared with what the boxes remember.
+
+Pages show the last quarter of an hour. A registry that is as full as that fleet's would be comes with ``--history-min 15``: each
+box then has so long a backlog when it connects, as after an outage of the broker, and that must arrive too.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from skerry.demo.story import CACHE, MODELS
 from skerry.demo.uplink import Uplink
 from skerry.runtime.settings import Broker
 from skerry.wire import signing
-from skerry.wire.api import Accepted, DeploymentView, NodeView, Pushed
+from skerry.wire.api import Accepted, DeploymentView, NodeView, Pushed, StatusView
 
 DEPLOYMENTS = ("speech-one", "speech-two")
 DEPLOYMENT = """\
@@ -87,7 +90,7 @@ class Books(msgspec.Struct):
 
 
 @contextlib.asynccontextmanager
-async def boxes_on(ground: Ground, *, count: int, drops: float) -> AsyncIterator[list[Plugged]]:
+async def boxes_on(ground: Ground, *, count: int, drops: float, history_s: float = 0.0) -> AsyncIterator[list[Plugged]]:
     """So many boxes, switched on over RAMP_S; all of them are ended when this closes."""
     trusted = signing.parse_public_keys((ground.folder / "coordinator" / "signing.pub").read_text())
     plugged, doors = [], iter(free_ports(2 * count))
@@ -97,7 +100,9 @@ async def boxes_on(ground: Ground, *, count: int, drops: float) -> AsyncIterator
             port = next(doors)
             uplink = Uplink(broker_port=ground.broker_port, door_port=port, proxy_port=next(doors))
         broker = Broker("127.0.0.1", port, keepalive_s=KEEPALIVE_S)
-        plugged.append(Plugged(SimulatedBox(broker=broker, fleet=ground.name, node=f"box-{index:03}", trusted=trusted), uplink))
+        box = SimulatedBox(broker=broker, fleet=ground.name, node=f"box-{index:03}", trusted=trusted)
+        box.look_back(history_s, list(DEPLOYMENTS))
+        plugged.append(Plugged(box, uplink))
     stop = asyncio.Event()
 
     async def live(one: Plugged, after_s: float) -> None:
@@ -278,7 +283,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
     async with (
         standing() as ground,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session,
-        boxes_on(ground, count=count, drops=arguments.drops) as plugged,
+        boxes_on(ground, count=count, drops=arguments.drops, history_s=arguments.history_min * 60) as plugged,
     ):
         boxes = [one.box for one in plugged]
 
@@ -288,6 +293,12 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
         await until(all_online, within_s=RAMP_S + 60, what=f"{count} boxes online")
         ready_s = await deploy(ground, session, count)
+
+        async def backlog_is_taken() -> bool:
+            status = await ground.call(session, "GET", "/v1/status", StatusView)
+            return status.samples_missing == 0
+
+        await until(backlog_is_taken, within_s=SETTLE_S, what="every box's backlog arrived", every_s=1.0)
         pages = Pages(ground, session, [box.node for box in boxes])
         chance = random.Random(2)
         async with asyncio.TaskGroup() as tasks:
@@ -309,6 +320,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "boxes": count,
         "seconds": arguments.seconds,
+        "history_min": arguments.history_min,
         "cut_off": sum(1 for one in plugged if one.uplink is not None),
         "deployments_ready_s": round(ready_s, 2),
         "settled_s": round(settled_s, 1),
@@ -332,6 +344,7 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--drops", type=float, default=0.2, help="share of the boxes that is cut off once for 5 to 20 s")
+    parser.add_argument("--history-min", type=float, default=0.0, help="minutes of samples that each box holds when it connects")
     parser.add_argument("--log", type=Path, help="keep the coordinator's log in this file")
     arguments = parser.parse_args()
     report("fleet", **msgspec.to_builtins(run(lambda: measure(arguments))))

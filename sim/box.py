@@ -51,7 +51,8 @@ class RememberingOutbox(Outbox):
 class SimulatedBox:
     """``run`` connects and goes on until it is told to stop. ``sampled`` and ``served`` are what it said of itself so far.
 
-    ``quieten`` ends what is new (samples, events), so that all of it can arrive before the end.
+    ``look_back`` before ``run`` makes it one that sampled and served for a while without a link; ``quieten`` ends what is new
+    (samples, events), so that all of it can arrive before the end.
     """
 
     def __init__(
@@ -96,6 +97,14 @@ class SimulatedBox:
     def ready(self) -> set[str]:
         """Deployments that this box says it serves."""
         return {status.spec.deployment for status in self._replicas.values() if status.phase == "ready"}
+
+    def look_back(self, seconds: float, deployments: list[str]) -> None:
+        """Have so long a backlog of samples, as of a box that served the deployments while it was cut off."""
+        count = int(seconds / self._sample_every_s)
+        now_ms = time.time_ns() // 1_000_000
+        for index in range(count):
+            sample = self._sample(deployments, at_ms=now_ms - int((count - index) * self._sample_every_s * 1000))
+            self.outbox.add_sample(sample, sent_at_ms=0)
 
     def quieten(self) -> None:
         """Nothing new from here on."""
@@ -166,20 +175,20 @@ class SimulatedBox:
     async def _sample_on(self) -> None:
         await lifecycle.sleep_until(self._quiet, self._chance.uniform(0, self._sample_every_s))  # not all boxes at one moment
         while not await lifecycle.sleep_until(self._quiet, self._sample_every_s):
-            await self._session.offer(self._sample())
+            await self._session.offer(self._sample(sorted(self.ready), at_ms=time.time_ns() // 1_000_000))
 
-    def _sample(self) -> Sample:
+    def _sample(self, deployments: list[str], *, at_ms: int) -> Sample:
         events, samples = self.outbox.depth()
         self.sampled += 1
         busy = self._chance.uniform(0.1, 0.9)
         return Sample(
             epoch=self.outbox.epoch,
             seq=self.outbox.next_sample_seq(),
-            at_ms=time.time_ns() // 1_000_000,
+            at_ms=at_ms,
             cpu_ratio=round(busy, 4),
             memory_used_bytes=int(busy * MEMORY_BYTES),
             gpus=[GpuSample(f"GPU-{self.node}", busy, int(busy * 16384), 40 + 40 * busy, 30 + 120 * busy)],
-            serve=[self._serve(deployment) for deployment in sorted(self.ready)],
+            serve=[self._serve(deployment) for deployment in deployments],
             outbox_events=events,
             outbox_samples=samples,
         )

@@ -32,6 +32,10 @@ INTERRUPTED = 130
 ANSWER_MAX_BYTES = 256 * 2**20
 
 
+class ServerFailed(RuntimeError):
+    """The coordinator answered with a status from 500 on."""
+
+
 class Ground(Fleet):
     """A fleet of the demo's first ``boxes`` boxes, with none: a broker and a coordinator. ``name`` is the fleet's."""
 
@@ -61,13 +65,14 @@ class Ground(Fleet):
     async def call(
         self, session: aiohttp.ClientSession, method: str, path: str, kind: type[T], *, body: bytes | None = None, query: str = ""
     ) -> T:
-        """One call of the API as its operator. Raises RuntimeError on a refusal."""
+        """One call of the API as its operator. Raises ServerFailed, and RuntimeError on a refusal."""
         headers = {"Authorization": f"Bearer {self.token}"}
         data = None if body is None else io.BytesIO(body)
         async with session.request(method, f"{self.url}{path}?{query}", data=data, headers=headers) as response:
             answer = await response.read()
             if response.status >= 400:
-                raise RuntimeError(f"{method} {path}: {response.status} {answer[:300].decode(errors='replace')}")
+                kind_of_error = ServerFailed if response.status >= 500 else RuntimeError
+                raise kind_of_error(f"{method} {path}: {response.status} {answer[:300].decode(errors='replace')}")
             return codec.decode(answer, kind, max_bytes=ANSWER_MAX_BYTES)
 
 
@@ -94,13 +99,19 @@ async def standing(
 
 
 async def until(holds: Callable[[], Coroutine[Any, Any, bool]], *, within_s: float, what: str, every_s: float = 0.1) -> None:
-    """Poll until it holds. Raises RuntimeError that says ``what`` did not come."""
+    """Poll until it holds; a failure of the server is tried again. Raises RuntimeError that says ``what`` did not come."""
+    failure = ""
     try:
         async with asyncio.timeout(within_s):
-            while not await holds():
+            while True:
+                try:
+                    if await holds():
+                        return
+                except ServerFailed as exc:
+                    failure = f" (last failure: {exc})"
                 await asyncio.sleep(every_s)
     except TimeoutError as exc:
-        raise RuntimeError(f"not within {within_s:.0f} s: {what}") from exc
+        raise RuntimeError(f"not within {within_s:.0f} s: {what}{failure}") from exc
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -112,6 +112,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         epoch=outbox.epoch,
         next_seq=outbox.next_sample_seq,
         outbox_depth=outbox.depth,
+        before=outbox.last_totals(),
         offer=session.offer,
     )
     session.say_event("agent.started", config.node, f"version {__version__}")

@@ -13,7 +13,7 @@ import msgspec
 
 from skerry.runtime import log
 from skerry.wire import codec
-from skerry.wire.box import Entry
+from skerry.wire.box import MAX_TOTALS_BYTES, Entry, GatewayTotals
 from skerry.wire.messages import Event, Sample
 
 logger = log.get("agent.outbox")
@@ -21,7 +21,8 @@ logger = log.get("agent.outbox")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS box (
     epoch TEXT NOT NULL, session_epoch INTEGER NOT NULL, sample_seq INTEGER NOT NULL,
-    events_lost INTEGER NOT NULL, samples_lost INTEGER NOT NULL, journal TEXT NOT NULL, journal_seq INTEGER NOT NULL);
+    events_lost INTEGER NOT NULL, samples_lost INTEGER NOT NULL, journal TEXT NOT NULL, journal_seq INTEGER NOT NULL,
+    totals BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL, text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS samples (seq INTEGER PRIMARY KEY, sent_at_ms INTEGER NOT NULL, payload BLOB NOT NULL);
@@ -67,7 +68,7 @@ class Outbox:
         if (damage := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(damage)
         if db.execute("SELECT count(epoch) FROM box").fetchone()[0] == 0:
-            db.execute("INSERT INTO box VALUES (?, 0, 0, 0, 0, '', 0)", (uuid.uuid4().hex[:12],))
+            db.execute("INSERT INTO box VALUES (?, 0, 0, 0, 0, '', 0, x'')", (uuid.uuid4().hex[:12],))
         return db
 
     def close(self) -> None:
@@ -162,8 +163,20 @@ class Outbox:
         self._sample_seq += 1
         return self._sample_seq
 
-    def add_sample(self, sample: Sample, *, sent_at_ms: int) -> None:
-        """Keep a sample; ``sent_at_ms`` is 0 for one that was not sent. One that can't be written is counted as lost."""
+    def last_totals(self) -> GatewayTotals | None:
+        """The gateway's counters up to which requests stand in the samples that were added."""
+        (raw,) = self._db.execute("SELECT totals FROM box").fetchone()
+        try:
+            return codec.decode(raw, GatewayTotals, max_bytes=MAX_TOTALS_BYTES) if raw else None
+        except codec.Malformed as exc:
+            logger.error("outbox.totals_damaged", reason=str(exc)[:200])
+            return None
+
+    def add_sample(self, sample: Sample, *, sent_at_ms: int, totals: GatewayTotals | None = None) -> None:
+        """Keep a sample; ``sent_at_ms`` is 0 for one that was not sent. One that can't be written is counted as lost.
+
+        ``totals``, the counters that it was taken from, are kept in the same transaction: an agent that starts again goes on from there.
+        """
         try:
             with self._db:
                 self._db.execute("PRAGMA synchronous = NORMAL")
@@ -172,6 +185,8 @@ class Outbox:
                 dropped = self._db.execute("DELETE FROM samples WHERE seq <= ?", (sample.seq - self._most_samples,)).rowcount
                 lost = max(dropped, 0) + self._unwritten_samples
                 self._db.execute("UPDATE box SET sample_seq = ?, samples_lost = samples_lost + ?", (sample.seq, lost))
+                if totals is not None:
+                    self._db.execute("UPDATE box SET totals = ?", (codec.encode(totals),))
             self._unwritten_samples = 0
         except sqlite3.OperationalError as exc:
             self._unwritten_samples += 1

@@ -15,6 +15,7 @@ from edge_agent.link.outbox import Outbox, OutboxFailed
 from skerry.runtime import backoff, lifecycle, log, mqtt
 from skerry.runtime.settings import Broker
 from skerry.wire import codec, topics
+from skerry.wire.box import GatewayTotals
 from skerry.wire.messages import Ack, Birth, Event, EventBatch, MetricsBatch, Presence, Reported, Sample
 
 logger = log.get("agent.session")
@@ -90,7 +91,7 @@ class Session:
         """The inventory changed: say what the box is again."""
         self._birth_due.set()
 
-    async def offer(self, sample: Sample) -> None:
+    async def offer(self, sample: Sample, totals: GatewayTotals | None) -> None:
         """Send a sample if the link is up, and keep it until it is sure that it arrived."""
         sent_at_ms = 0
         if self._client is not None:
@@ -99,7 +100,7 @@ class Session:
                 sent_at_ms = time.time_ns() // 1_000_000
             except aiomqtt.MqttError:
                 pass  # the session's own loop notices and reports it
-        self._outbox.add_sample(sample, sent_at_ms=sent_at_ms)
+        self._outbox.add_sample(sample, sent_at_ms=sent_at_ms, totals=totals)
         self._outbox.forget_samples(sent_before_ms=time.time_ns() // 1_000_000 - 4000 * self._broker.keepalive_s)
 
     def _metrics(self, samples: list[Sample]) -> MetricsBatch:

@@ -10,13 +10,12 @@ import psutil
 
 from skerry.runtime import lifecycle, log, nvml
 from skerry.wire import codec, latency
-from skerry.wire.box import GatewayTotals, ServeTotals
+from skerry.wire.box import MAX_TOTALS_BYTES, GatewayTotals, ServeTotals
 from skerry.wire.messages import Sample, ServeSample
 
 logger = log.get("agent.telemetry")
 
 ASK_TIMEOUT_S = 2.0
-MAX_TOTALS_BYTES = 4 * 1024 * 1024
 
 
 def since(now: GatewayTotals, before: GatewayTotals | None) -> list[ServeSample]:
@@ -42,7 +41,10 @@ def since(now: GatewayTotals, before: GatewayTotals | None) -> list[ServeSample]
 
 
 class Telemetry:
-    """Reads every ``every_s`` and hands each reading to ``offer``."""
+    """Reads every ``every_s`` and hands each reading to ``offer``, with the gateway's counters up to which it counts.
+
+    ``before`` are those of the last reading of the agent that ran before this one.
+    """
 
     def __init__(
         self,
@@ -52,7 +54,8 @@ class Telemetry:
         epoch: str,
         next_seq: Callable[[], int],
         outbox_depth: Callable[[], tuple[int, int]],
-        offer: Callable[[Sample], Awaitable[None]],
+        before: GatewayTotals | None,
+        offer: Callable[[Sample, GatewayTotals | None], Awaitable[None]],
     ) -> None:
         self._every_s = every_s
         self._gateway_socket = gateway_socket
@@ -60,7 +63,7 @@ class Telemetry:
         self._next_seq = next_seq
         self._outbox_depth = outbox_depth
         self._offer = offer
-        self._before: GatewayTotals | None = None
+        self._before = before
         self._has_gpus = bool(nvml.gpus())
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -69,7 +72,7 @@ class Telemetry:
         connector = aiohttp.UnixConnector(path=str(self._gateway_socket))
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)) as session:
             while not await lifecycle.sleep_until(stop, self._every_s):
-                await self._offer(await self._read(session))
+                await self._offer(await self._read(session), self._before)
 
     async def _read(self, session: aiohttp.ClientSession) -> Sample:
         serve: list[ServeSample] = []

@@ -9,6 +9,8 @@ from skerry.wire.messages import ModelRef, Reported, Rung, SplitMode, Tier, Upst
 
 MAX_LINE_BYTES = 1024 * 1024
 """Longest line on the warden's socket; a desired document is at most codec.MAX_MESSAGE_BYTES."""
+MAX_TOTALS_BYTES = 4 * 1024 * 1024
+"""Largest answer of the gateway to the agent."""
 
 
 class Apply(msgspec.Struct, frozen=True, tag="apply"):

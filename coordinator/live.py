@@ -1,7 +1,6 @@
 """What is only true now and kept in memory: when each box was last heard, its last sample, the last minute's requests."""
 
 import time
-from collections import deque
 
 from coordinator.registry.measurements import COUNTS, Served, plus
 from skerry.wire import latency
@@ -9,15 +8,17 @@ from skerry.wire.api import ServeView
 from skerry.wire.messages import Sample
 
 WINDOW_S = 15.0
+LATE_S = 60.0
+"""How far a box's clock may be off, and a sample on its way, to count as of now."""
 
 
 class Live:
-    """Filled by ingest, read by the views. Lost with the process: the next samples bring it back."""
+    """Filled by ingest and read by the views, all on the event loop. Lost with the process: the next samples bring it back."""
 
     def __init__(self) -> None:
         self.heard_at_ms: dict[str, int] = {}
         self.samples: dict[str, Sample] = {}
-        self._recent: dict[str, deque[tuple[float, Served]]] = {}
+        self._seconds: dict[str, dict[int, Served]] = {}
 
     def hear(self, node: str) -> None:
         """A message came from ``node``."""
@@ -28,18 +29,21 @@ class Live:
         held = self.samples.get(node)
         if held is None or held.at_ms <= sample.at_ms:
             self.samples[node] = sample
+        second, now = sample.at_ms // 1000, int(time.time())
+        if not now - WINDOW_S - LATE_S <= second <= now + LATE_S:
+            return  # out of an outbox, or of a box whose clock is wrong: not of this minute
         for one in served:
-            self._recent.setdefault(one.deployment, deque(maxlen=100_000)).append((sample.at_ms / 1000, one))
+            seconds = self._seconds.setdefault(one.deployment, {})
+            seconds[second] = plus(seconds[second], one) if second in seconds else one
+            for old in [at for at in seconds if at < now - WINDOW_S - LATE_S]:
+                del seconds[old]
 
     def serve(self, deployment: str) -> ServeView:
         """A deployment's last WINDOW_S seconds, over all boxes."""
-        recent = self._recent.get(deployment)
         oldest = time.time() - WINDOW_S
-        while recent and recent[0][0] < oldest - 60:
-            recent.popleft()  # arrivals are only nearly in order of time
         total = Served(deployment, 0, "")
-        for at_s, served in recent or ():
-            if at_s >= oldest:
+        for second, served in self._seconds.get(deployment, {}).items():
+            if second >= oldest:
                 total = plus(total, served)
         counts = {name: getattr(total, name) for name in COUNTS}
         return ServeView(

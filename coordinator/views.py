@@ -2,6 +2,7 @@
 
 import time
 
+import msgspec
 from sqlite_utils import Database as Tables
 
 from coordinator.core.planner import Outcome
@@ -100,7 +101,8 @@ class Views:
                 self._deployment(stored, outcomes.get(stored.name), desired, reports) for stored in deployments.read_deployments(tables)
             ]
 
-        return await self._database.read(work)
+        views = await self._database.read(work)
+        return [msgspec.structs.replace(view, serve=self._live.serve(view.name)) for view in views]
 
     async def deployment(self, name: str) -> DeploymentView | None:
         """One deployment."""
@@ -134,7 +136,7 @@ class Views:
             text=stored.text,
             created_at_ms=stored.created_at_ms,
             changed_at_ms=stored.changed_at_ms,
-            serve=self._live.serve(stored.name),
+            serve=ServeView(window_s=0.0),
         )
 
     def serve(self, deployment: str) -> ServeView:
@@ -163,7 +165,7 @@ class Views:
         return [EventView(row.id, row.node, row.at_ms, row.kind, row.subject, row.text) for row in rows]
 
     async def split(self, *, minutes: int, deployment: str = "", node: str = "") -> SplitView:
-        """Who answered over time, summed over boxes (or of one box, or over deployments)."""
+        """Who answered over time, over all boxes or on one, summed over deployments where none is named."""
         since_s = int(time.time()) - minutes * 60
         served = await self._database.read(
             lambda tables: measurements.read_served(tables, since_s=since_s, deployment=deployment, node=node)

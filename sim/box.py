@@ -175,7 +175,7 @@ class SimulatedBox:
     async def _sample_on(self) -> None:
         await lifecycle.sleep_until(self._quiet, self._chance.uniform(0, self._sample_every_s))  # not all boxes at one moment
         while not await lifecycle.sleep_until(self._quiet, self._sample_every_s):
-            await self._session.offer(self._sample(sorted(self.ready), at_ms=time.time_ns() // 1_000_000))
+            await self._session.offer(self._sample(sorted(self.ready), at_ms=time.time_ns() // 1_000_000), None)
 
     def _sample(self, deployments: list[str], *, at_ms: int) -> Sample:
         events, samples = self.outbox.depth()

@@ -32,6 +32,8 @@ class BoxLoad(msgspec.Struct, frozen=True):
     gpu_ratio: float
 
 
+ALL = ""
+"""Stands for all boxes together where a box's name would stand."""
 COUNTS = ("edge", "peer", "cloud", "refused", "failed", "late")
 
 
@@ -42,14 +44,18 @@ def plus(a: Served, b: Served) -> Served:
 
 
 def add_served(tables: Tables, served: list[Served]) -> None:
-    """Add to the buckets that are there."""
-    for bucket in served:
-        key = [bucket.deployment, bucket.at_s, bucket.node]
-        row = next(tables.query("SELECT * FROM serve_rollups WHERE deployment = ? AND at_s = ? AND node = ?", key), None)
+    """Add to the buckets that are there: each box's, and the one of all boxes together, which is what is asked for most."""
+    everywhere: dict[tuple[str, int], Served] = {}
+    for one in served:
+        key = (one.deployment, one.at_s)
+        everywhere[key] = plus(everywhere[key], one) if key in everywhere else msgspec.structs.replace(one, node=ALL)
+    for bucket in [*served, *everywhere.values()]:
+        place = [bucket.deployment, bucket.at_s, bucket.node]
+        row = next(tables.query("SELECT * FROM serve_rollups WHERE deployment = ? AND at_s = ? AND node = ?", place), None)
         total = bucket if row is None else plus(bucket, _served(row))
         tables.execute(
             "INSERT OR REPLACE INTO serve_rollups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [*key, *(getattr(total, name) for name in COUNTS), msgspec.json.encode(total.latency).decode()],
+            [*place, *(getattr(total, name) for name in COUNTS), msgspec.json.encode(total.latency).decode()],
         )
 
 
@@ -79,16 +85,13 @@ def _served(row: dict[str, object]) -> Served:
 
 
 def read_served(tables: Tables, *, since_s: int, deployment: str = "", node: str = "") -> list[Served]:
-    """Buckets from ``since_s`` on, oldest first."""
-    conditions = ["at_s >= ?"]
-    values: list[int | str] = [since_s]
+    """Buckets from ``since_s`` on, oldest first: of one box, or of all together; of one deployment, or of each."""
+    conditions = ["at_s >= ?", "node = ?"]
+    values: list[int | str] = [since_s, node or ALL]
     if deployment:
         conditions.append("deployment = ?")
         values.append(deployment)
-    if node:
-        conditions.append("node = ?")
-        values.append(node)
-    rows = tables.query(f"SELECT * FROM serve_rollups WHERE {' AND '.join(conditions)} ORDER BY at_s, node", values)  # noqa: S608 - constants
+    rows = tables.query(f"SELECT * FROM serve_rollups WHERE {' AND '.join(conditions)} ORDER BY at_s", values)  # noqa: S608 - constants
     return [_served(row) for row in rows]
 
 

@@ -27,7 +27,7 @@ STEPS: list[str] = [
     CREATE TABLE serve_rollups (
         deployment TEXT NOT NULL, at_s INTEGER NOT NULL, node TEXT NOT NULL, edge INTEGER NOT NULL, peer INTEGER NOT NULL,
         cloud INTEGER NOT NULL, refused INTEGER NOT NULL, failed INTEGER NOT NULL, late INTEGER NOT NULL, latency TEXT NOT NULL,
-        PRIMARY KEY (deployment, at_s, node)) WITHOUT ROWID;
+        PRIMARY KEY (node, at_s, deployment)) WITHOUT ROWID;
     CREATE TABLE box_rollups (
         node TEXT NOT NULL, at_s INTEGER NOT NULL, samples INTEGER NOT NULL, cpu_ratio REAL NOT NULL, memory_used_bytes INTEGER NOT NULL,
         gpu_ratio REAL NOT NULL, PRIMARY KEY (node, at_s)) WITHOUT ROWID;

@@ -10,7 +10,7 @@ from skerry.wire.box import RouteTable
 
 logger = log.get("gateway.routes")
 
-LOOK_S = 0.03
+LOOK_S = 0.1
 MAX_TABLE_BYTES = 16 * 1024 * 1024
 
 

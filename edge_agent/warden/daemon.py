@@ -1,6 +1,7 @@
 """The warden put together: who calls whom is read here and nowhere else."""
 
 import asyncio
+import hashlib
 import time
 from pathlib import Path
 
@@ -29,7 +30,8 @@ DRIVERS = ("docker", "gvisor", "bubblewrap")
 
 def make_driver(name: str, config: Config) -> Driver:
     """The driver called ``name``; raises SettingsError."""
-    owner = f"{config.fleet}-{config.node}"
+    # The state directory is in it: two wardens of one name on one engine (two demos, say) must not take each other's sandboxes.
+    owner = f"{config.fleet}-{config.node}-{hashlib.sha256(str(config.state_dir.resolve()).encode()).hexdigest()[:8]}"
     match name:
         case "bubblewrap":
             return BubblewrapDriver(config.state_dir / "bubblewrap")

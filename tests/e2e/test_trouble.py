@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from edge_agent.warden.drivers.docker import DockerDriver
+from skerry.cli.client import CliError
 from skerry.demo.fleet import docker_socket, left_behind
 from tests.conftest import need
-from tests.e2e.test_fleet import SCALE, good, infer_url, post
+from tests.e2e.test_fleet import SCALE, good, infer_url, kill_worker, post
 from tests.e2e.world import running, wait_until
 
 
@@ -82,6 +83,41 @@ def test_a_second_agent_of_the_same_name_is_told_so_and_the_fleet_converges(scal
         world.deploy(SCALE)
         world.wait_ready("scale")
         wait_until(lambda: all(s.missing == 0 and s.lost == 0 for s in world.node("van-7").streams if s.stream == "events"), 30)
+
+
+def test_a_cold_boot_with_no_network_at_all_ends_in_a_serving_box(scale_model):
+    with running() as world:
+        world.push(scale_model, "scale")
+        world.deploy(SCALE)
+        world.wait_ready("scale")
+        for name in ("store-1.agent", "store-1.warden", "store-1.gateway", "coordinator", "broker"):
+            world.do(world.fleet.kill(name))
+        world.box("store-1").uplink.cut()
+        kill_worker(world, "store-1")
+        (world.box("store-1").folder / "routes.json").unlink()
+        for program in ("gateway", "agent", "warden"):
+            world.do(world.fleet.start_process(f"store-1.{program}"))
+
+        def answers() -> bool:
+            try:
+                return post(infer_url(world), good())[0] == 200
+            except OSError:
+                return False
+
+        wait_until(answers, 15, world.log_tails)
+        assert post(infer_url(world), good())[1]["outputs"][0]["data"] == [2.0, 4.0, 6.0]
+        for name in ("broker", "coordinator"):
+            world.do(world.fleet.start_process(name))
+        world.box("store-1").uplink.mend()
+        wait_until(lambda: is_whole(world), 60, world.log_tails)
+        assert all(replica.restarts <= 1 for replica in world.node("store-1").replicas)
+
+
+def is_whole(world) -> bool:
+    try:
+        return world.deployment("scale").ready == 4 and all(node.state == "online" for node in world.nodes())
+    except CliError:
+        return False  # the coordinator is coming up
 
 
 def mosquitto_is_absent() -> str:

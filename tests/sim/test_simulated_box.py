@@ -65,7 +65,7 @@ async def _run() -> tuple[Books, dict[str, Books], list[NodeView], list[Deployme
 
 @pytest.fixture(scope="module")
 def outcome():
-    return uvloop.run(_run())
+    return uvloop.run(asyncio.wait_for(_run(), 150))
 
 
 @pytest.mark.timeout(180)

@@ -1,6 +1,6 @@
 """What gateway and sandbox add to a bare ``InferenceSession.run``: one caller, one connection, binary tensors, both measured in turn.
 
-``python -m bench.added_latency [--driver bubblewrap|docker] [--rounds N]``
+``python -m bench.added_latency [--driver bubblewrap|docker] [--client bare|http.client] [--rounds N]``
 """
 
 import argparse
@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import http.client
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -83,11 +84,38 @@ def served(folder: Path, driver: Driver, models: dict[str, Path]) -> Iterator[in
             asyncio.run(driver.stop(name, grace_s=1))
 
 
-def asking(port: int, model: str, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
-    """One request on a kept connection; raises unless it was answered here."""
+def request_of(feeds: dict[str, np.ndarray]) -> tuple[bytes, dict[str, str]]:
+    """The body and headers of a request with these inputs."""
     datatypes = {"float32": "FP32", "int64": "INT64"}
-    tensors = [oip.Tensor(name, datatypes[str(value.dtype)], value.shape, value.tobytes()) for name, value in feeds.items()]
-    body, headers = oip.render_request(tensors)
+    return oip.render_request([oip.Tensor(n, datatypes[str(v.dtype)], v.shape, v.tobytes()) for n, v in feeds.items()])
+
+
+def asking_barely(port: int, model: str, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
+    """One request on a kept connection by a caller that costs next to nothing itself; raises unless it was answered."""
+    body, headers = request_of(feeds)
+    head = [f"POST /v2/models/{model}/infer HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Content-Length: {len(body)}"]
+    request = "\r\n".join([*head, *(f"{name}: {value}" for name, value in headers.items()), "", ""]).encode() + body
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask() -> bytes:
+        connection.sendall(request)
+        answer = connection.recv(65536)
+        while (end := answer.find(b"\r\n\r\n")) < 0:
+            answer += connection.recv(65536)
+        if not answer.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(answer)
+        size = int(answer[: end + 2].lower().split(b"\r\ncontent-length: ")[1].split(b"\r\n")[0])
+        while len(answer) < end + 4 + size:
+            answer += connection.recv(65536)
+        return answer
+
+    return ask
+
+
+def asking_with_http_client(port: int, model: str, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
+    """The same by Python's own HTTP client, which adds its own work on both ways."""
+    body, headers = request_of(feeds)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
 
     def ask() -> bytes:
@@ -120,6 +148,7 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--driver", choices=["bubblewrap", "docker"], default="bubblewrap")
+    parser.add_argument("--client", choices=["bare", "http.client"], default="bare", help="bare: a socket and no HTTP library")
     parser.add_argument("--rounds", type=int, default=2000)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp"))
@@ -130,11 +159,12 @@ def main() -> None:
         "speech": {"input": np.zeros((1, 576), "f4"), "state": np.zeros((2, 1, 128), "f4"), "sr": np.array(16000, "i8")},
         "image": {"x": np.random.default_rng(1).random((1, 3, 224, 224), "f4")},
     }
-    figures: dict[str, object] = {"driver": arguments.driver, "rounds": arguments.rounds}
+    ask = asking_barely if arguments.client == "bare" else asking_with_http_client
+    figures: dict[str, object] = {"client": arguments.client, "driver": arguments.driver, "rounds": arguments.rounds}
     try:
         with served(folder, driver, models) as port:
             for name, bar_ms in (("speech", 0.6), ("image", 1.5)):
-                bare_ms, through_ms = medians(bare(models[name], feeds[name]), asking(port, name, feeds[name]), arguments.rounds)
+                bare_ms, through_ms = medians(bare(models[name], feeds[name]), ask(port, name, feeds[name]), arguments.rounds)
                 figures[name] = {
                     "bare_p50_ms": round(bare_ms, 3), "through_p50_ms": round(through_ms, 3),
                     "added_p50_ms": round(through_ms - bare_ms, 3), "bar_ms": bar_ms, "reached": through_ms - bare_ms <= bar_ms,

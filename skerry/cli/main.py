@@ -1,26 +1,20 @@
 """The operator's command line."""
 
-import hashlib
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
 from skerry import __version__
-from skerry.cli import catalogue, inference, output
-from skerry.cli.client import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, Upload, find_login, path_of, save_login
-from skerry.wire import codec, oip
-from skerry.wire.api import Accepted, DeploymentView, EventView, LoginLink, ModelView, NodeView, Pushed, StatusView
-from skerry.wire.messages import WarmupTensor
-from skerry.wire.units import format_bytes, parse_duration_ms
-
-P = ParamSpec("P")
+from skerry.cli import command, inference, models, output
+from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, path_of, save_login
+from skerry.cli.command import Json, reporting
+from skerry.wire import oip
+from skerry.wire.api import Accepted, DeploymentView, EventView, LoginLink, NodeView, StatusView
+from skerry.wire.units import parse_duration_ms
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed or not in time, 2 wrong usage, 3 nobody answers, 4 refused, 5 not found, 6 not logged in."
 
@@ -30,34 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 node_app = typer.Typer(no_args_is_help=True, help="Boxes.")
-model_app = typer.Typer(no_args_is_help=True, help="Models in the store and in the catalogue.")
 deployment_app = typer.Typer(no_args_is_help=True, help="What runs where.")
 app.add_typer(node_app, name="node")
-app.add_typer(model_app, name="model")
+app.add_typer(models.app, name="model")
 app.add_typer(deployment_app, name="deployment")
-
-Json = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
-
-
-def reporting(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn what goes wrong into a line for people and an exit code for scripts."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except (CliError, catalogue.CatalogueError) as exc:
-            output.errors.print(f"[red]error:[/] {escape(str(exc))}", soft_wrap=True)
-            hint = getattr(exc, "hint", "")
-            if hint:
-                output.errors.print(f"  {escape(hint)}", soft_wrap=True)
-            raise typer.Exit(getattr(exc, "exit_code", EXIT_FAILED)) from exc
-
-    return wrapped
-
-
-def _coordinator() -> Coordinator:
-    return Coordinator(find_login())
 
 
 @app.command()
@@ -99,7 +69,7 @@ def login(
 @reporting
 def login_link(as_json: Json = False) -> None:
     """A link that logs one browser in to the console, once."""
-    link = _coordinator().call("POST", path_of("login-links"), LoginLink)
+    link = command.coordinator().call("POST", path_of("login-links"), LoginLink)
     if as_json:
         output.print_json(link)
     else:
@@ -110,7 +80,7 @@ def login_link(as_json: Json = False) -> None:
 @reporting
 def status(as_json: Json = False) -> None:
     """The fleet at a glance."""
-    coordinator = _coordinator()
+    coordinator = command.coordinator()
     view = coordinator.call("GET", path_of("status"), StatusView)
     if as_json:
         output.print_json(view)
@@ -138,7 +108,7 @@ def events(
 ) -> None:
     """What happened lately."""
     query = {"node": node, "subject": subject, "limit": str(limit)}
-    found = _coordinator().call("GET", path_of("events"), list[EventView], query=query)
+    found = command.coordinator().call("GET", path_of("events"), list[EventView], query=query)
     if as_json:
         output.print_json(found)
     else:
@@ -149,7 +119,7 @@ def events(
 @reporting
 def node_list(as_json: Json = False) -> None:
     """Every box."""
-    nodes = _coordinator().call("GET", path_of("nodes"), list[NodeView])
+    nodes = command.coordinator().call("GET", path_of("nodes"), list[NodeView])
     if as_json:
         output.print_json(nodes)
     else:
@@ -160,104 +130,11 @@ def node_list(as_json: Json = False) -> None:
 @reporting
 def node_show(name: str, as_json: Json = False) -> None:
     """One box: what it is, what it runs, how its telemetry stands."""
-    node = _coordinator().call("GET", path_of("nodes", name), NodeView)
+    node = command.coordinator().call("GET", path_of("nodes", name), NodeView)
     if as_json:
         output.print_json(node)
     else:
         output.print_node(node)
-
-
-@model_app.command("list")
-@reporting
-def model_list(as_json: Json = False) -> None:
-    """Every model version in the store."""
-    models = _coordinator().call("GET", path_of("models"), list[ModelView])
-    if as_json:
-        output.print_json(models)
-    else:
-        output.print_models(models)
-
-
-@model_app.command("materialise")
-@reporting
-def model_materialise(
-    names: Annotated[list[str] | None, typer.Argument(help="models of the catalogue; all where none is named")] = None,
-    catalogue_dir: Annotated[Path, typer.Option("--catalogue", help="the folder with NAME/model.toml")] = Path("models"),
-    to: Annotated[Path, typer.Option(help="where the files go, in Triton's layout")] = Path(".cache/models"),
-    as_json: Json = False,
-) -> None:
-    """Extract models from the packages that hold them, verified by digest."""
-    manifests = catalogue.read_catalogue(catalogue_dir)
-    unknown = set(names or []) - {manifest.name for manifest in manifests}
-    if unknown:
-        known = ", ".join(manifest.name for manifest in manifests) or "nothing"
-        raise CliError(
-            f"{sorted(unknown)[0]!r} is not in the catalogue {catalogue_dir}", exit_code=EXIT_NOT_FOUND, hint=f"it holds {known}"
-        )
-    done = []
-    for manifest in manifests:
-        if not names or manifest.name in names:
-            path = catalogue.materialise(manifest, to)
-            done.append({"name": manifest.name, "version": manifest.version, "path": str(path), "sha256": manifest.source.sha256})
-            if not as_json:
-                output.console.print(
-                    f"{manifest.name}:{manifest.version}  {format_bytes(manifest.source.size_bytes)}  {path}", soft_wrap=True
-                )
-    if as_json:
-        output.print_json(done)
-
-
-def push_file(coordinator: Coordinator, path: Path, name: str, number: int, warmup: list[WarmupTensor]) -> Pushed:
-    """Push one file, with a progress bar on a terminal. Raises CliError."""
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.seek(0, 2)
-            file.seek(0)
-            query = {"sha256": sha256, "warmup": codec.encode(warmup).decode()}
-            bar = Progress(
-                "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=output.errors, transient=True
-            )
-            with bar:
-                task = bar.add_task(f"{name}:{number}", total=size)
-                return coordinator.call(
-                    "PUT", path_of("models", name, "versions", number), Pushed, query=query,
-                    body=Upload(file, lambda sent: bar.advance(task, sent)), size=size, timeout_s=600,
-                )  # fmt: skip
-    except OSError as exc:
-        raise CliError(f"{path}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
-
-
-@model_app.command("push")
-@reporting
-def model_push(
-    file: Annotated[Path, typer.Argument(help="an ONNX file, or a catalogue folder with a model.toml")],
-    name: Annotated[str, typer.Option(help="the model's name")] = "",
-    number: Annotated[int, typer.Option("--version", help="the version, a whole number from 1; versions never change", min=0)] = 0,
-    warmup: Annotated[str, typer.Option(help="inputs of the warm-up run: JSON, [{name, shape, value}]")] = "[]",
-    as_json: Json = False,
-) -> None:
-    """Push a model version to the store."""
-    try:
-        tensors = codec.decode(warmup.encode(), list[WarmupTensor])
-    except codec.Malformed as exc:
-        raise CliError(f"--warmup: {exc}", exit_code=EXIT_USAGE) from exc
-    if file.is_dir():
-        manifest = catalogue.read_manifest(file / "model.toml")
-        file = catalogue.materialise(manifest, Path(".cache/models"))
-        name, number, tensors = name or manifest.name, number or manifest.version, tensors or manifest.warmup
-    if not name or not number:
-        raise CliError(
-            "give --name and --version", exit_code=EXIT_USAGE, hint="skerry model push FILE.onnx --name shelf-detector --version 1"
-        )
-    pushed = push_file(_coordinator(), file, name, number, tensors)
-    if as_json:
-        output.print_json(pushed)
-    else:
-        words = "pushed" if pushed.is_new else "was there already"
-        output.console.print(
-            f"{pushed.name}:{pushed.version} {words}  {format_bytes(pushed.size_bytes)}  sha256 {pushed.sha256}", soft_wrap=True
-        )
 
 
 @app.command()
@@ -276,7 +153,7 @@ def deploy(
         raise CliError(f"{file}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
     except ValueError as exc:
         raise CliError(f"--timeout: {exc}", exit_code=EXIT_USAGE) from exc
-    coordinator = _coordinator()
+    coordinator = command.coordinator()
     accepted = coordinator.call("POST", path_of("deployments"), Accepted, body=text)
     for warning in accepted.warnings:
         output.errors.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
@@ -314,7 +191,7 @@ def wait_ready(coordinator: Coordinator, accepted: Accepted, *, timeout_s: float
 @reporting
 def deployment_list(as_json: Json = False) -> None:
     """Every deployment."""
-    views = _coordinator().call("GET", path_of("deployments"), list[DeploymentView])
+    views = command.coordinator().call("GET", path_of("deployments"), list[DeploymentView])
     if as_json:
         output.print_json(views)
     else:
@@ -325,7 +202,7 @@ def deployment_list(as_json: Json = False) -> None:
 @reporting
 def deployment_show(name: str, as_json: Json = False) -> None:
     """One deployment: where it runs and how it does."""
-    view = _coordinator().call("GET", path_of("deployments", name), DeploymentView)
+    view = command.coordinator().call("GET", path_of("deployments", name), DeploymentView)
     if as_json:
         output.print_json(view)
     else:
@@ -336,7 +213,7 @@ def deployment_show(name: str, as_json: Json = False) -> None:
 @reporting
 def deployment_delete(name: str, as_json: Json = False) -> None:
     """Remove a deployment from every box."""
-    accepted = _coordinator().call("DELETE", path_of("deployments", name), Accepted)
+    accepted = command.coordinator().call("DELETE", path_of("deployments", name), Accepted)
     if as_json:
         output.print_json(accepted)
     else:
@@ -347,7 +224,7 @@ def deployment_delete(name: str, as_json: Json = False) -> None:
 @reporting
 def explain(name: str, as_json: Json = False) -> None:
     """Why a deployment runs where it does, and why not elsewhere."""
-    coordinator = _coordinator()
+    coordinator = command.coordinator()
     view = coordinator.call("GET", path_of("deployments", name), DeploymentView)
     happened = coordinator.call("GET", path_of("events"), list[EventView], query={"subject": name, "limit": "20"})
     if as_json:
@@ -359,7 +236,7 @@ def explain(name: str, as_json: Json = False) -> None:
 
 def _gateway_of(node: str) -> str:
     """The address of a box's gateway; of the first edge box online where none is named. Raises CliError."""
-    nodes = _coordinator().call("GET", path_of("nodes"), list[NodeView])
+    nodes = command.coordinator().call("GET", path_of("nodes"), list[NodeView])
     fitting = [n for n in nodes if (n.id == node if node else n.state == "online") and n.gateway_url]
     if not fitting:
         raise CliError(f"there is no box {node!r}" if node else "no box is online", exit_code=EXIT_NOT_FOUND, hint="see 'skerry node list'")

@@ -20,7 +20,6 @@ from skerry.wire import codec
 T = TypeVar("T")
 
 DESIRED_CONTEXT = b"skerry desired v1"
-ROUTES_CONTEXT = b"skerry routes v1"
 
 
 class Envelope(msgspec.Struct, frozen=True):

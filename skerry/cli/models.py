@@ -1,0 +1,111 @@
+"""``skerry model``: the catalogue and the store."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+from skerry.cli import catalogue, command, output
+from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Upload, path_of
+from skerry.cli.command import Json, reporting
+from skerry.wire import codec
+from skerry.wire.api import ModelView, Pushed
+from skerry.wire.messages import WarmupTensor
+from skerry.wire.units import format_bytes
+
+app = typer.Typer(no_args_is_help=True, help="Models in the store and in the catalogue.")
+
+
+@app.command("list")
+@reporting
+def model_list(as_json: Json = False) -> None:
+    """Every model version in the store."""
+    models = command.coordinator().call("GET", path_of("models"), list[ModelView])
+    if as_json:
+        output.print_json(models)
+    else:
+        output.print_models(models)
+
+
+@app.command("materialise")
+@reporting
+def model_materialise(
+    names: Annotated[list[str] | None, typer.Argument(help="models of the catalogue; all where none is named")] = None,
+    catalogue_dir: Annotated[Path, typer.Option("--catalogue", help="the folder with NAME/model.toml")] = Path("models"),
+    to: Annotated[Path, typer.Option(help="where the files go, in Triton's layout")] = Path(".cache/models"),
+    as_json: Json = False,
+) -> None:
+    """Extract models from the packages that hold them, verified by digest."""
+    manifests = catalogue.read_catalogue(catalogue_dir)
+    unknown = set(names or []) - {manifest.name for manifest in manifests}
+    if unknown:
+        known = ", ".join(manifest.name for manifest in manifests) or "nothing"
+        raise CliError(
+            f"{sorted(unknown)[0]!r} is not in the catalogue {catalogue_dir}", exit_code=EXIT_NOT_FOUND, hint=f"it holds {known}"
+        )
+    done = []
+    for manifest in manifests:
+        if not names or manifest.name in names:
+            path = catalogue.materialise(manifest, to)
+            done.append({"name": manifest.name, "version": manifest.version, "path": str(path), "sha256": manifest.source.sha256})
+            if not as_json:
+                output.console.print(
+                    f"{manifest.name}:{manifest.version}  {format_bytes(manifest.source.size_bytes)}  {path}", soft_wrap=True
+                )
+    if as_json:
+        output.print_json(done)
+
+
+def push_file(coordinator: Coordinator, path: Path, name: str, number: int, warmup: list[WarmupTensor]) -> Pushed:
+    """Push one file, with a progress bar on a terminal. Raises CliError."""
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.seek(0, 2)
+            file.seek(0)
+            query = {"sha256": sha256, "warmup": codec.encode(warmup).decode()}
+            bar = Progress(
+                "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=output.errors, transient=True
+            )
+            with bar:
+                task = bar.add_task(f"{name}:{number}", total=size)
+                return coordinator.call(
+                    "PUT", path_of("models", name, "versions", number), Pushed, query=query,
+                    body=Upload(file, lambda sent: bar.advance(task, sent)), size=size, timeout_s=600,
+                )  # fmt: skip
+    except OSError as exc:
+        raise CliError(f"{path}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
+
+
+@app.command("push")
+@reporting
+def model_push(
+    file: Annotated[Path, typer.Argument(help="an ONNX file, or a catalogue folder with a model.toml")],
+    name: Annotated[str, typer.Option(help="the model's name")] = "",
+    number: Annotated[int, typer.Option("--version", help="the version, a whole number from 1; versions never change", min=0)] = 0,
+    warmup: Annotated[str, typer.Option(help="inputs of the warm-up run: JSON, [{name, shape, value}]")] = "[]",
+    as_json: Json = False,
+) -> None:
+    """Push a model version to the store."""
+    try:
+        tensors = codec.decode(warmup.encode(), list[WarmupTensor])
+    except codec.Malformed as exc:
+        raise CliError(f"--warmup: {exc}", exit_code=EXIT_USAGE) from exc
+    if file.is_dir():
+        manifest = catalogue.read_manifest(file / "model.toml")
+        file = catalogue.materialise(manifest, Path(".cache/models"))
+        name, number, tensors = name or manifest.name, number or manifest.version, tensors or manifest.warmup
+    if not name or not number:
+        raise CliError(
+            "give --name and --version", exit_code=EXIT_USAGE, hint="skerry model push FILE.onnx --name shelf-detector --version 1"
+        )
+    pushed = push_file(command.coordinator(), file, name, number, tensors)
+    if as_json:
+        output.print_json(pushed)
+    else:
+        words = "pushed" if pushed.is_new else "was there already"
+        output.console.print(
+            f"{pushed.name}:{pushed.version} {words}  {format_bytes(pushed.size_bytes)}  sha256 {pushed.sha256}", soft_wrap=True
+        )

@@ -34,6 +34,7 @@ BATCH = 500
 FLUSH_S = 2.0
 RETRY_S = 1.0
 TWINS_EVERY_S = 60.0
+MOST_STORED_BYTES = 256 * 1024
 
 
 class _Settled(msgspec.Struct):
@@ -134,6 +135,8 @@ class Ingest:
     def _decode(self, topic: Topic, payload: bytes) -> tuple[str, msgspec.Struct] | None:
         try:
             message: msgspec.Struct = codec.decode(payload, KINDS[topic.branch])
+            if isinstance(message, Birth | Reported) and len(codec.encode(message)) > MOST_STORED_BYTES:
+                raise codec.Malformed(f"{topic.branch}: more than {MOST_STORED_BYTES} bytes with its defaults written out")
         except codec.Malformed as exc:
             self.malformed += 1
             logger.warning("message.malformed", node=topic.node, branch=topic.branch, reason=str(exc)[:300])

@@ -13,6 +13,7 @@ from coordinator.registry import deployments, models, nodes
 from coordinator.registry.database import Database, RegistryFailed
 from coordinator.session import NotConnected
 from skerry.runtime import lifecycle, log
+from skerry.wire import codec
 from skerry.wire.messages import Desired
 
 logger = log.get("coordinator.plan")
@@ -20,6 +21,8 @@ logger = log.get("coordinator.plan")
 GATHER_S = 0.02
 """Changes that come together are planned together."""
 AGAIN_S = 60.0
+ENVELOPE_BYTES = 512
+"""What signing adds to a document."""
 
 
 def node_of(stored: nodes.Node) -> planner.Node | None:
@@ -50,6 +53,7 @@ def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
     before = nodes.read_desired(tables)
     plan = planner.plan(boxes, wanted, {node: planner.BoxPlan(doc.replicas, doc.routes) for node, doc in before.items()})
     changed = []
+    too_large: dict[str, int] = {}
     for node, part in plan.boxes.items():
         old = before.get(node)
         if old is not None and (old.replicas, old.routes) == (part.replicas, part.routes):
@@ -58,11 +62,25 @@ def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
             continue
         generation = (old.generation if old else 0) + 1
         document = Desired(fleet, node, generation, now_ms, part.replicas, part.routes)
+        size = len(codec.encode(document)) + ENVELOPE_BYTES
+        if size > codec.MAX_MESSAGE_BYTES:
+            too_large[node] = size
+            continue
         nodes.save_desired(tables, document)
         changed.append(document)
-    if plan.outcomes != deployments.read_outcomes(tables):
-        deployments.save_outcomes(tables, plan.outcomes)
+    outcomes = {name: _with_sizes(outcome, too_large) for name, outcome in plan.outcomes.items()}
+    if outcomes != deployments.read_outcomes(tables):
+        deployments.save_outcomes(tables, outcomes)
     return changed
+
+
+def _with_sizes(outcome: planner.Outcome, too_large: dict[str, int]) -> planner.Outcome:
+    """The outcome, with a word on boxes that can't be told of it because what they run no longer fits into a message."""
+    stuck = sorted({placement.node for placement in outcome.placements} & set(too_large))
+    if not stuck:
+        return outcome
+    words = f"{stuck[0]} can't be told: its document would have {too_large[stuck[0]]} bytes, at most {codec.MAX_MESSAGE_BYTES} are sent"
+    return msgspec.structs.replace(outcome, problem="; ".join(filter(None, [outcome.problem, words])))
 
 
 class PlanLoop:
@@ -103,7 +121,7 @@ class PlanLoop:
         try:
             now_ms = time.time_ns() // 1_000_000
             changed = await self._database.write(lambda tables: replan(tables, fleet=self._fleet, now_ms=now_ms))
-        except (RegistryFailed, msgspec.DecodeError) as exc:
+        except (RegistryFailed, msgspec.DecodeError, codec.Malformed) as exc:
             logger.error("plan.failed", reason=str(exc))
             return
         for document in changed:

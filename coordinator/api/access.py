@@ -34,7 +34,7 @@ class Access:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             for role, known in self._tokens.items():
-                if hmac.compare_digest(known.encode(), token.strip().encode()):
+                if hmac.compare_digest(known.encode(), token.strip().encode(errors="surrogateescape")):
                     return role
             return None
         if request.method in ("GET", "HEAD") and self._is_session(request.cookies.get(COOKIE, "")):
@@ -62,20 +62,20 @@ class Access:
         """The cookie's value for somebody who typed the operator's token."""
         return (
             self._sign(int(time.time()) + SESSION_S)
-            if hmac.compare_digest(token.strip().encode(), self._tokens["operator"].encode())
+            if hmac.compare_digest(token.strip().encode(errors="surrogateescape"), self._tokens["operator"].encode())
             else None
         )
 
     def _sign(self, until: int) -> str:
         text = f"{until}.{secrets.token_urlsafe(8)}"
-        seal = base64.urlsafe_b64encode(hmac.digest(self._cookie_key, text.encode(), "sha256")).decode().rstrip("=")
+        seal = base64.urlsafe_b64encode(hmac.digest(self._cookie_key, text.encode(errors="surrogateescape"), "sha256")).decode().rstrip("=")
         return f"{text}.{seal}"
 
     def _is_session(self, cookie: str) -> bool:
         text, _, seal = cookie.rpartition(".")
-        good = base64.urlsafe_b64encode(hmac.digest(self._cookie_key, text.encode(), "sha256")).decode().rstrip("=")
+        good = base64.urlsafe_b64encode(hmac.digest(self._cookie_key, text.encode(errors="surrogateescape"), "sha256")).decode().rstrip("=")
         until = text.partition(".")[0]
-        return hmac.compare_digest(seal.encode(), good.encode()) and until.isdigit() and int(until) > time.time()
+        return hmac.compare_digest(seal.encode(errors="surrogateescape"), good.encode()) and until.isdigit() and int(until) > time.time()
 
 
 def _token(path: Path) -> str:

@@ -177,9 +177,13 @@ class Calls:
 
     async def deploy(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        body = await request.content.read(deployment_file.MAX_TEXT_BYTES + 1)
+        body = bytearray()
+        async for chunk in request.content.iter_any():
+            body += chunk
+            if len(body) > deployment_file.MAX_TEXT_BYTES:
+                break
         try:
-            text = body.decode()
+            text = body[: deployment_file.MAX_TEXT_BYTES + 1].decode()
         except UnicodeDecodeError as exc:
             raise refuse(422, "invalid_deployment", f"the file is not UTF-8 (byte {exc.start})") from exc
         spec = deployment_file.parse(text)

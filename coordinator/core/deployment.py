@@ -29,7 +29,7 @@ class DeploymentError(ValueError):
 class Replicas(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Either so many on each matching box, or so many in all."""
 
-    per_node: Positive | None = None
+    per_node: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     count: Positive | None = None
 
 

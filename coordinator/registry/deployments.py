@@ -22,7 +22,7 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 def _stored(row: dict[str, Any]) -> Stored:
-    spec = codec.decode(row["spec"].encode(), Deployment)
+    spec = codec.decode(row["spec"].encode(), Deployment, max_bytes=codec.NO_LIMIT_BYTES)
     return msgspec.convert({**{key: row[key] for key in Stored.__struct_fields__}, "spec": spec}, Stored)
 
 

@@ -34,13 +34,16 @@ class BoxLoad(msgspec.Struct, frozen=True):
 
 ALL = ""
 """Stands for all boxes together where a box's name would stand."""
+MOST = 2**53
+"""Sums stop here: a box in an enemy's hands must not make a number that SQLite can't hold."""
 COUNTS = ("edge", "peer", "cloud", "refused", "failed", "late")
 
 
 def plus(a: Served, b: Served) -> Served:
     """The sum of two buckets, under the first one's name."""
-    counts = {name: getattr(a, name) + getattr(b, name) for name in COUNTS}
-    return msgspec.structs.replace(a, latency=latency.merged([a.latency, b.latency]), **counts)
+    counts = {name: min(MOST, getattr(a, name) + getattr(b, name)) for name in COUNTS}
+    merged = {bucket: min(MOST, count) for bucket, count in latency.merged([a.latency, b.latency]).items()}
+    return msgspec.structs.replace(a, latency=merged, **counts)
 
 
 def add_served(tables: Tables, served: list[Served]) -> None:
@@ -75,7 +78,7 @@ def mean(a: BoxLoad, b: BoxLoad) -> BoxLoad:
         a.at_s,
         n,
         (a.cpu_ratio * a.samples + b.cpu_ratio * b.samples) / n,
-        (a.memory_used_bytes * a.samples + b.memory_used_bytes * b.samples) // n,
+        min(MOST, (a.memory_used_bytes * a.samples + b.memory_used_bytes * b.samples) // n),
         (a.gpu_ratio * a.samples + b.gpu_ratio * b.samples) / n,
     )
 

@@ -1,12 +1,14 @@
 """Boxes: what they are, whether they are connected, what they report, what they were told."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from sqlite_utils import Database as Tables
 
 from skerry.wire import codec
 from skerry.wire.messages import Birth, Desired, Presence, Reported
+
+T = TypeVar("T")
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -21,6 +23,10 @@ class Node(msgspec.Struct, frozen=True):
     reported: Reported | None
 
 
+def _own(text: str, kind: type[T]) -> T:
+    return codec.decode(text.encode(), kind, max_bytes=codec.NO_LIMIT_BYTES)
+
+
 def _node(row: dict[str, Any]) -> Node:
     return Node(
         id=row["id"],
@@ -28,8 +34,8 @@ def _node(row: dict[str, Any]) -> Node:
         changed_at_ms=row["changed_at_ms"],
         first_seen_ms=row["first_seen_ms"],
         session_epoch=row["session_epoch"],
-        birth=codec.decode(row["birth"].encode(), Birth) if row["birth"] else None,
-        reported=codec.decode(row["reported"].encode(), Reported) if row["reported"] else None,
+        birth=_own(row["birth"], Birth) if row["birth"] else None,
+        reported=_own(row["reported"], Reported) if row["reported"] else None,
     )
 
 
@@ -85,7 +91,7 @@ def save_reported(tables: Tables, node: str, reported: Reported, now_ms: int) ->
 def read_desired(tables: Tables) -> dict[str, Desired]:
     """What each box was last told, by box."""
     rows = tables.query("SELECT node, document FROM desired")
-    return {row["node"]: codec.decode(row["document"].encode(), Desired) for row in rows}
+    return {row["node"]: _own(row["document"], Desired) for row in rows}
 
 
 def save_desired(tables: Tables, desired: Desired) -> None:

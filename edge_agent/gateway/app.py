@@ -76,7 +76,6 @@ class Endpoints:
         route, _, _ = self._service.find(name, version)
         arrival = Arrival(
             request=parsed,
-            path=request.path,
             headers={header: request.headers[header] for header in PASSED_ON if header in request.headers},
             body=body,
             started=started,

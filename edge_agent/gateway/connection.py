@@ -39,12 +39,16 @@ class WorkerConnection(asyncio.BufferedProtocol):
     async def open(cls, path: Path) -> tuple["WorkerConnection", ipc.Hello]:
         """Connect and hear what the worker serves. Raises ReplicaLost."""
         loop = asyncio.get_running_loop()
+        connection: WorkerConnection | None = None
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 _, connection = await loop.create_unix_connection(cls, str(path))
                 return connection, await connection._hello
         except (OSError, TimeoutError) as exc:
-            raise ReplicaLost(f"{path.parent.name}: {exc}") from exc
+            raise ReplicaLost(f"{path.parent.name}: {exc or type(exc).__name__}") from exc
+        finally:
+            if connection is not None and not (connection._hello.done() and connection._hello.exception() is None):
+                connection.close()
 
     def call(
         self, inputs: list[oip.Tensor], outputs: list[str], on_free: Callable[[], None]
@@ -77,9 +81,9 @@ class WorkerConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
-        self._fail(ReplicaLost(f"the worker closed the connection{f': {exc}' if exc else ''}"))
         if not self.closed.done():
-            self.closed.set_result(None)
+            self.closed.set_result(None)  # first: a slot that is freed by the failure must be seen to be gone
+        self._fail(ReplicaLost(f"the worker closed the connection{f': {exc}' if exc else ''}"))
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         """See asyncio."""
@@ -100,6 +104,7 @@ class WorkerConnection(asyncio.BufferedProtocol):
                 frame = self._take(end)
                 self._deliver(frame[ipc.PREFIX.size : body_at], frame[body_at:])
         except codec.Malformed as exc:
+            self.retired = True
             self._fail(ReplicaLost(f"the worker speaks nonsense: {exc}"))
             self.close()
 

@@ -139,7 +139,13 @@ class Pool:
             self._release(connection, replica)
 
         try:
-            answer, body = await connection.call(inputs, outputs, on_free)
+            call = connection.call(inputs, outputs, on_free)
+        except ReplicaLost as exc:
+            self._running -= 1  # it never began
+            connection.close()
+            raise ReplicaLost(f"{replica}: {exc}") from exc
+        try:
+            answer, body = await call
         except ReplicaLost as exc:
             raise ReplicaLost(f"{replica}: {exc}") from exc
         ended = time.perf_counter()

@@ -49,7 +49,6 @@ class Arrival(msgspec.Struct, frozen=True):
     """A request as it came: parsed, and as bytes for passing on. ``started`` is on time.perf_counter, in seconds."""
 
     request: oip.InferRequest
-    path: str
     headers: dict[str, str]
     body: bytes
     started: float
@@ -208,7 +207,7 @@ class Service:
         reply = await self._upstreams.forward(
             upstream,
             route.deployment,
-            path=arrival.path,
+            path=f"/v2/models/{route.deployment}/versions/{route.version}/infer",
             headers=arrival.headers,
             body=arrival.body,
             remaining_ms=_remaining_ms(arrival),

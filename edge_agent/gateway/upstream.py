@@ -20,6 +20,8 @@ FORWARDED = "Skerry-Forwarded"
 """Names the box that passed a request on; such a request is answered or refused, never passed on again."""
 TIMEOUT = "Skerry-Timeout-Ms"
 """Milliseconds that a forwarded request has left."""
+NOT_OURS = (401, 403, 404, 407, 408, 429)
+"""Answers that say something of the way there or of the upstream's state, not of the caller's request."""
 CONNECT_TIMEOUT_S = 2.0
 LEAVE_ALONE_FIRST_S = 0.5
 LEAVE_ALONE_MOST_S = 10.0
@@ -113,7 +115,7 @@ class Upstreams:
                 LEAVE_ALONE_MOST_S, _seconds(reply.headers.get("Retry-After", "1")) * random.uniform(0.1, 0.5)
             )
             raise UpstreamFailed(f"{upstream.node}: overloaded")
-        if reply.status >= 500:
+        if reply.status >= 500 or reply.status in NOT_OURS:
             self._leave_alone(seen, upstream.node, f"status {reply.status}")
             raise UpstreamFailed(f"{upstream.node}: status {reply.status}")
         seen.failures = 0

@@ -22,6 +22,8 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 20.0
 RETRY_FIRST_S = 0.5
 RETRY_MOST_S = 60.0
+ADMIT_S = 120.0
+"""How long the warden may take to admit a model before it is fetched anew."""
 RESERVE_BYTES = 64 * 1024 * 1024
 """Left free on the disk: a model must not be what fills it."""
 
@@ -94,6 +96,7 @@ class Artifacts:
             self._arrived(model.sha256, reason[:500])
         else:
             logger.info("model.fetched", model=f"{model.name}:{model.version}", bytes=model.size_bytes)
+            self._next_try[model.sha256] = time.monotonic() + ADMIT_S  # the warden hashes it now
             self._arrived(model.sha256, "")
 
     async def _download(self, session: aiohttp.ClientSession, model: ModelRef) -> None:

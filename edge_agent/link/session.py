@@ -121,7 +121,7 @@ class Session:
                     codec.encode(Presence(False, self._birth(epoch).boot_id, epoch)),
                     delay_s=self._will_delay_s,
                 )
-                async with mqtt.connected(self._broker, f"{self._fleet}-{self._node}", last_will=last_will, queue=QUEUE) as client:
+                async with mqtt.connected(self._broker, f"{self._fleet}-box-{self._node}", last_will=last_will, queue=QUEUE) as client:
                     was_up, up_at = True, time.monotonic()
                     self.say_event("link.up", self._broker.host, f"session {epoch}, after {time.monotonic() - lost_at:.1f} s")
                     await self._converse(client, epoch, stop)
@@ -189,7 +189,9 @@ class Session:
             payload = message.payload
             if topic is None or not isinstance(payload, bytes | bytearray):
                 continue
-            if topic.branch == "desired":
+            if len(payload) > codec.MAX_MESSAGE_BYTES:
+                logger.warning("message.too_large", topic=str(message.topic)[:200], bytes=len(payload))
+            elif topic.branch == "desired":
                 self._on_desired(bytes(payload))
                 self._report_due.set()  # whoever sends it, a coordinator that restarted mostly, wants to know
                 self._birth_due.set()

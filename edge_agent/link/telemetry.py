@@ -96,6 +96,6 @@ class Telemetry:
         """The gateway's counters; a gateway that is not there leaves a hole, and what it counts meanwhile comes with the next answer."""
         try:
             async with session.get("http://gateway/totals") as response:
-                return codec.decode(await response.content.read(MAX_TOTALS_BYTES), GatewayTotals, max_bytes=MAX_TOTALS_BYTES)
+                return codec.decode(await response.read(), GatewayTotals, max_bytes=MAX_TOTALS_BYTES)
         except (aiohttp.ClientError, OSError, TimeoutError, codec.Malformed):
             return None

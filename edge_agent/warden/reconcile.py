@@ -21,7 +21,7 @@ from edge_agent.warden.config import Config
 from edge_agent.warden.journal import Journal
 from edge_agent.warden.ports import Driver, DriverFailed, Sandbox, SandboxSpec
 from edge_agent.warden.store import Store, StoreFailed
-from skerry.runtime import backoff, durable, log
+from skerry.runtime import backoff, durable, lifecycle, log
 from skerry.wire import codec, ipc
 from skerry.wire.box import RouteTable, State
 from skerry.wire.messages import RUNGS, Desired, ModelRef, Phase, ReplicaSpec
@@ -32,6 +32,9 @@ STEADY_POLL_S = 1.0
 STARTING_POLL_S = 0.02
 HELLO_TIMEOUT_S = 2.0
 STOP_GRACE_S = 3.0
+REMOVE_AGAIN_S = 5.0
+MOST_REASON = 500
+"""Characters of what a sandbox said that are passed on."""
 FORGIVE_AFTER_S = 60.0
 """A replica that served this long starts its back-off anew when it ends."""
 
@@ -125,8 +128,7 @@ class Reconciler:
     async def run(self, stop: asyncio.Event) -> None:
         """Adopt what an earlier warden started, then converge until ``stop`` is set. Sandboxes are left running."""
         for driver in self._drivers:
-            for sandbox in await driver.sandboxes():
-                await self._adopt(driver, sandbox)
+            await self._adopt_all(driver, stop)
         while not stop.is_set():
             self._wake.clear()
             await self._look()
@@ -153,6 +155,18 @@ class Reconciler:
         finally:
             for wait in waits:
                 wait.cancel()
+
+    async def _adopt_all(self, driver: Driver, stop: asyncio.Event) -> None:
+        """Nothing is started before it is known what runs: an engine that does not answer is asked again."""
+        while not stop.is_set():
+            try:
+                for sandbox in await driver.sandboxes():
+                    await self._adopt(driver, sandbox)
+            except DriverFailed as exc:
+                logger.warning("driver.silent", driver=driver.name, reason=str(exc))
+                await lifecycle.sleep_until(stop, REMOVE_AGAIN_S)
+            else:
+                return
 
     async def _adopt(self, driver: Driver, sandbox: Sandbox) -> None:
         try:
@@ -184,8 +198,8 @@ class Reconciler:
     async def _ask_ready(self, known: Known, now: float) -> None:
         hello = await read_hello(self._socket_dir(known.spec.name) / "worker.sock")
         if hello is not None:
-            known.ready, known.provider, known.reason = True, hello.provider, ""
-            self._say("replica.ready", known.spec.name, f"{hello.provider}, loaded in {hello.load_ms:.0f} ms")
+            known.ready, known.provider, known.reason = True, hello.provider[:64], ""
+            self._say("replica.ready", known.spec.name, f"{hello.provider[:64]}, loaded in {hello.load_ms:.0f} ms")
         elif now - known.since > self._config.start_timeout_s and known.driver is not None:
             with contextlib.suppress(DriverFailed):
                 await known.driver.stop(known.spec.name, grace_s=0)
@@ -193,7 +207,7 @@ class Reconciler:
 
     def _die(self, known: Known, reason: str) -> None:
         """A sandbox ended, or could not be started: remember why, and when to try again."""
-        name = known.spec.name
+        name, reason = known.spec.name, "".join(c if c.isprintable() else " " for c in reason[:MOST_REASON])
         if known.ready and time.monotonic() - known.since > FORGIVE_AFTER_S:
             self._attempts[name] = 0
         attempt = self._attempts.get(name, 0)
@@ -282,6 +296,7 @@ class Reconciler:
                 await known.driver.stop(name, grace_s=STOP_GRACE_S)
             except DriverFailed as exc:
                 logger.warning("replica.not_removed", replica=name, reason=str(exc))
+                known.retry_at = known.drained_at = time.monotonic() + REMOVE_AGAIN_S
                 return False
         del self._known[name]
         if known.phase == "draining":

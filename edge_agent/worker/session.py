@@ -82,6 +82,8 @@ class Session:
         for spec in self.inputs:
             # Without a warm-up of its own each free extent is one: not every network takes that, and then there is none.
             given = by_name.pop(spec.name, WarmupTensor(spec.name, [max(extent, 1) if extent != 0 else 0 for extent in spec.shape]))
+            if any(extent < 0 for extent in given.shape):
+                raise LoadFailed(f"warmup: {given.name!r} has shape {given.shape}, which has a negative extent")
             dtype = object if spec.datatype == "BYTES" else oip.NUMPY_DTYPES[spec.datatype]
             feeds[spec.name] = np.full(given.shape, "" if dtype is object else given.value, dtype=dtype)
         if by_name:
@@ -106,7 +108,8 @@ class Session:
             arrays = self._session.run(names, feeds)
         except Exception as exc:
             # Free extents can contradict each other in ways that only the graph knows.
-            if "InvalidArgument" in type(exc).__name__ or "INVALID_ARGUMENT" in str(exc):
+            is_empty = any(0 in tensor.shape for tensor in tensors)
+            if is_empty or "InvalidArgument" in type(exc).__name__ or "INVALID_ARGUMENT" in str(exc):
                 raise Refused(f"inputs: {str(exc).splitlines()[0][:500]}") from exc
             raise
         return [_tensor_of(specs[name], array) for name, array in zip(names, arrays, strict=True)]

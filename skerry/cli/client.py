@@ -102,9 +102,13 @@ def send(method: str, url: str, *, headers: dict[str, str], body: bytes | Upload
     """One request. Raises CliError when nobody answers."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    try:
+        port = parts.port
+    except ValueError as exc:
+        raise CliError(f"{url!r}: {exc}", exit_code=EXIT_USAGE) from exc
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise CliError(f"{url!r} is not an http:// or https:// address", exit_code=EXIT_USAGE)
-    connection = kind(parts.hostname, parts.port, timeout=timeout_s)
+    connection = kind(parts.hostname, port, timeout=timeout_s)
     path = parts.path + (f"?{parts.query}" if parts.query else "")
     try:
         connection.request(method, path, body=iter(body) if isinstance(body, Upload) else body, headers=headers)

@@ -59,7 +59,10 @@ def login(
     token_file: Annotated[Path | None, typer.Option(help="a file that holds the token; asked for otherwise")] = None,
 ) -> None:
     """Keep a coordinator's address and token for later commands."""
-    token = token_file.read_text().strip() if token_file else typer.prompt("token", hide_input=True).strip()
+    try:
+        token = token_file.read_text().strip() if token_file else typer.prompt("token", hide_input=True).strip()
+    except OSError as exc:
+        raise CliError(f"--token-file: {token_file}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
     status_now = Coordinator(Login(url, token)).call("GET", path_of("status"), StatusView)
     path = save_login(Login(url, token))
     output.console.print(f"logged in to fleet {status_now.fleet}; kept in {path}")
@@ -254,6 +257,10 @@ def infer(
     timeout: Annotated[str, typer.Option(help="how long to wait")] = "30s",
 ) -> None:
     """Ask a box for one inference; prints the answer as JSON, who served it on standard error."""
+    try:
+        timeout_s = parse_duration_ms(timeout) / 1000
+    except ValueError as exc:
+        raise CliError(f"--timeout: {exc}", exit_code=EXIT_USAGE) from exc
     if (request is None) == (not inputs):
         raise CliError("give a request or --input", exit_code=EXIT_USAGE, hint="skerry infer NAME --input x=image.npy")
     if inputs:
@@ -265,7 +272,7 @@ def infer(
         except OSError as exc:
             raise CliError(f"{request}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
         headers = {"Content-Type": "application/json"}
-    answer = inference.infer(gateway or _gateway_of(node), model, body, headers, timeout_s=parse_duration_ms(timeout) / 1000)
+    answer = inference.infer(gateway or _gateway_of(node), model, body, headers, timeout_s=timeout_s)
     facts = {name: answer.headers.get(name, "") for name in ("skerry-served-by", "skerry-node", "skerry-reason", "server-timing")}
     tensors = oip.parse_answer(answer.body, answer.headers.get(oip.HEADER_LENGTH.lower()))
     output.errors.print(escape(", ".join(f"{key}: {value}" for key, value in facts.items() if value)), soft_wrap=True)

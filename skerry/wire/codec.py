@@ -9,6 +9,9 @@ T = TypeVar("T")
 MAX_MESSAGE_BYTES = 128 * 1024
 """Largest MQTT payload we send or accept; AWS IoT Core, a broker that fleets bridge to, has the same limit."""
 
+NO_LIMIT_BYTES = 2**31
+"""For what we wrote ourselves: defaults written out can make a message longer than it came."""
+
 _encoder = msgspec.json.Encoder()
 
 

@@ -15,6 +15,8 @@ Phase = Literal["pending", "fetching", "starting", "ready", "draining", "backoff
 SplitMode = Literal["edge", "cloud", "overflow"]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 """A number that every reader can hold, JavaScript and SQLite included; a box in an enemy's hands sends others."""
+Moment = Annotated[int, msgspec.Meta(ge=0, le=4_102_444_800_000)]
+"""Milliseconds since 1970, up to the year 2100."""
 Bucket = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 Ratio = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Reading = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
@@ -110,7 +112,7 @@ class Desired(msgspec.Struct, frozen=True):
     fleet: str
     node: str
     generation: Count
-    issued_at_ms: Count
+    issued_at_ms: Moment
     replicas: list[ReplicaSpec] = []
     routes: list[RouteSpec] = []
 
@@ -143,7 +145,7 @@ class Event(msgspec.Struct, frozen=True):
 
     epoch: str
     seq: Count
-    at_ms: Count
+    at_ms: Moment
     kind: str
     subject: str = ""
     text: str = ""
@@ -196,7 +198,7 @@ class Sample(msgspec.Struct, frozen=True):
 
     epoch: str
     seq: Count
-    at_ms: Count
+    at_ms: Moment
     cpu_ratio: Ratio
     memory_used_bytes: Count
     gpus: list[GpuSample] = []

@@ -69,6 +69,10 @@ MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_TENSORS = 256
 MAX_RANK = 32
 MAX_ELEMENTS = 2**40
+MAX_BYTES_ELEMENTS = 200_000
+"""They are walked one by one, in the loop that answers everybody."""
+MAX_NAME = 512
+MAX_ID = 4096
 
 Bytes = bytes | memoryview
 
@@ -133,6 +137,8 @@ def elements_of(shape: Sequence[int], field: str) -> int:
         raise BadRequest(f"{field}.shape: {len(shape)} dimensions, at most {MAX_RANK} are accepted")
     if any(extent < 0 for extent in shape):
         raise BadRequest(f"{field}.shape: {list(shape)} has a negative extent")
+    if any(extent > MAX_ELEMENTS for extent in shape):
+        raise BadRequest(f"{field}.shape: an extent is more than {MAX_ELEMENTS}")
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
         raise BadRequest(f"{field}.shape: {list(shape)} has more than {MAX_ELEMENTS} elements")
@@ -158,8 +164,7 @@ def parse_infer(body: Bytes, header_length: str | None) -> InferRequest:
         request = _request_decoder.decode(view[:json_bytes])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise BadRequest(f"request: {exc}") from exc
-    if not 0 < len(request.inputs) <= MAX_TENSORS or len(request.outputs) > MAX_TENSORS:
-        raise BadRequest(f"inputs: 1 to {MAX_TENSORS} tensors are accepted, got {len(request.inputs)}")
+    _check_limits(request)
     inputs, offset = [], json_bytes
     for index, item in enumerate(request.inputs):
         tensor, offset = _parse_input(item, f"inputs[{index}]", view, offset)
@@ -177,6 +182,13 @@ def parse_infer(body: Bytes, header_length: str | None) -> InferRequest:
         priority=_whole_number(request.parameters, "priority"),
         binary_default=bool(_flag(request.parameters, "binary_data_output", "request")),
     )
+
+
+def _check_limits(request: _RequestJson) -> None:
+    if not 0 < len(request.inputs) <= MAX_TENSORS or len(request.outputs) > MAX_TENSORS:
+        raise BadRequest(f"inputs: 1 to {MAX_TENSORS} tensors are accepted, got {len(request.inputs)}")
+    if any(len(output.name) > MAX_NAME for output in request.outputs) or len(request.id) > MAX_ID:
+        raise BadRequest(f"outputs.name or id: at most {MAX_NAME} and {MAX_ID} characters are accepted")
 
 
 def _flag(parameters: dict[str, Any], name: str, field: str) -> bool | None:
@@ -197,6 +209,8 @@ def _whole_number(parameters: dict[str, Any], name: str) -> int:
 
 def _parse_input(item: _InputJson, field: str, view: memoryview, offset: int) -> tuple[Tensor, int]:
     """One input and the offset after its binary data, if it has any."""
+    if len(item.name) > MAX_NAME or len(item.shape) > MAX_RANK:
+        raise BadRequest(f"{field}: a name has at most {MAX_NAME} characters, a shape at most {MAX_RANK} extents")
     if item.datatype not in ITEM_BYTES and item.datatype != "BYTES":
         raise BadRequest(f"{field}.datatype: {item.datatype[:40]!r} is not one of {', '.join([*ITEM_BYTES, 'BYTES'])}")
     count = elements_of(item.shape, field)
@@ -222,17 +236,20 @@ def _parse_input(item: _InputJson, field: str, view: memoryview, offset: int) ->
 def check_size(data: Bytes, datatype: str, count: int, field: str) -> None:
     """Raises BadRequest unless ``data`` holds exactly ``count`` elements."""
     if datatype == "BYTES":
-        found = len(split_bytes(data, field))
+        if count > MAX_BYTES_ELEMENTS:
+            raise BadRequest(f"{field}.shape: {count} BYTES elements, at most {MAX_BYTES_ELEMENTS} are accepted")
+        found = len(split_bytes(data, field, most=count + 1))
         if found != count:
             raise BadRequest(f"{field}: {found} BYTES elements, the shape asks for {count}")
     elif len(data) != count * ITEM_BYTES[datatype]:
         raise BadRequest(f"{field}: {len(data)} bytes, the shape asks for {count} x {ITEM_BYTES[datatype]}")
 
 
-def split_bytes(data: Bytes, field: str) -> list[bytes]:
-    """The elements of a BYTES tensor; raises BadRequest where a length prefix reaches past the end."""
-    elements, offset = [], 0
-    while offset < len(data):
+def split_bytes(data: Bytes, field: str, *, most: int = MAX_BYTES_ELEMENTS) -> list[bytes]:
+    """The elements of a BYTES tensor, ``most`` at most; raises BadRequest where a length prefix reaches past the end."""
+    elements: list[bytes] = []
+    offset = 0
+    while offset < len(data) and len(elements) < most:
         if offset + 4 > len(data):
             raise BadRequest(f"{field}: a length prefix is cut off at byte {offset}")
         (length,) = struct.unpack_from("<I", data, offset)

@@ -385,3 +385,23 @@ def test_the_fake_follows_its_script(tmp_path, spec):
         assert await wait_ended(driver, "d-1") == "the cat pulled the plug"
 
     kit.play(scene)
+
+
+def test_bubblewrap_a_warden_that_died_before_it_wrote_the_handle_leaves_nothing_that_cannot_be_ended(tmp_path, spec):
+    driver = BubblewrapDriver(tmp_path / "run")
+    need("bubblewrap", asyncio.run(driver.probe()))
+
+    async def scene():
+        await driver.start(spec)
+        handle = json.loads((tmp_path / "run" / "d-1" / "handle.json").read_text())
+        (tmp_path / "run" / "d-1" / "handle.json").unlink()
+        second = BubblewrapDriver(tmp_path / "run")
+        assert [s.running for s in await second.sandboxes()] == [False]
+        await second.stop("d-1", grace_s=0)
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{handle['pid']}").exists() and Path(f"/proc/{handle['pid']}/stat").read_text().split(") ")[1][0] != "Z":
+            assert time.monotonic() < deadline, "the orphan lives on"
+            await asyncio.sleep(0.02)
+        assert await second.sandboxes() == []
+
+    asyncio.run(scene())

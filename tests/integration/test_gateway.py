@@ -223,13 +223,48 @@ def test_a_worker_that_dies_in_mid_request_costs_the_caller_time_and_no_error(tm
     run(scene())
 
 
+def test_a_worker_that_dies_with_a_queue_before_it_leaves_no_call_counted_as_running(tmp_path):
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session):
+            await here.serve()
+            for _ in range(3):
+                here.worker.delay_s = 0.3
+                asked = [asyncio.create_task(ask(session, here, timeout_ms=4000)) for _ in range(4)]
+                await asyncio.sleep(0.1)
+                await here.worker.die()
+                here.worker.delay_s = 0.0
+                await here.worker.start()
+                assert [status for status, *_ in await asyncio.gather(*asked)] == [200] * 4
+            view = here.service.routes()[0][1].view
+            assert (view.slots, view.running, view.waiting) == (1, 0, 0)
+
+    run(scene())
+
+
+def test_what_is_forwarded_names_the_version_that_was_meant(tmp_path):
+    async def scene():
+        async with fleet(tmp_path) as (here, cloud, session):
+            await here.serve(cloud, split="cloud")
+            newer = Route("other", "echo", 2, 1000, replicas=[LocalReplica("r-0", str(cloud.worker.path))])
+            cloud.service.update(RouteTable(2, [cloud.service.routes()[0][0], newer]))
+            while not all(pool.view.slots for _, pool, _ in cloud.service.routes()):
+                await asyncio.sleep(0.01)
+            status, answer, headers, _ = await ask(session, here)
+            assert (status, headers["Skerry-Served-By"], answer["model_version"]) == (200, "cloud", "1")
+
+    run(scene())
+
+
 def test_a_cloud_that_is_gone_or_overloaded_is_left_alone_for_a_while(tmp_path):
     async def scene():
         async with fleet(tmp_path) as (here, cloud, session):
             await here.serve(cloud, split="cloud")
             assert (await ask(session, here))[2]["Skerry-Served-By"] == "cloud"
-            cloud.service.update(RouteTable())  # it answers 404 from now on: passed back as it is
-            assert (await ask(session, here))[0] == 404
+            cloud.service.update(RouteTable())  # it does not know the deployment yet, or no longer
+            status, _, headers, _ = await ask(session, here)
+            assert (status, headers["Skerry-Served-By"]) == (200, "edge")
+            assert "cloud-1: status 404" in headers["Skerry-Reason"]
+            await asyncio.sleep(0.6)  # until it is no longer left alone
             cloud.url = "http://127.0.0.1:9"
             await here.serve(cloud, split="cloud")
             status, _, headers, _ = await ask(session, here)

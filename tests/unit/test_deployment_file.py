@@ -89,7 +89,7 @@ def test_json_is_taken_as_well():
         ("replicas:\n  count: -1", "replicas.count", 4, ">= 1"),
         ("replicas:\n  count: 0", "replicas.count", 4, ">= 1"),
         ("replicas:\n  per_node: 1.5", "replicas.per_node", 4, "expected `int"),
-        ("replicas:\n  per_node: 100001", "replicas.per_node", 4, "<= 100000"),
+        ("replicas:\n  per_node: 100001", "replicas.per_node", 4, "<= 256"),
         ("slo:\n  deadline_ms: 0", "slo.deadline_ms", 4, ">= 1"),
         ("split:\n  cloud_budget: {requests_per_hour: -1}", "split.cloud_budget.requests_per_hour", 4, ">= 0"),
         ("split:\n  mode: cascade", "split.mode", 4, "cascade"),

@@ -4,8 +4,8 @@ The sandbox gets a new user, mount, pid, network, IPC, UTS and cgroup namespace,
 its model read-only, and can write to its socket directory and a bounded ``/tmp`` alone. It has no capability, no way to gain
 one (no-new-privileges), no network interface but a loopback of its own, and an address-space limit.
 
-On disk, under ``run_dir/<name>/``: ``handle.json`` (how to find the process again), ``log`` (bounded: the worker may write
-``LOG_MAX_BYTES``, enforced by RLIMIT_FSIZE).
+On disk, under ``run_dir/<name>/``: ``handle.json`` (how to find the process again), ``starting`` (the trail of a start that was cut
+off), ``log``. RLIMIT_FSIZE bounds each file that the worker writes, the log included; the socket directory as a whole has no bound.
 """
 
 import asyncio
@@ -156,6 +156,7 @@ class BubblewrapDriver:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         host_runtime.make_socket_dir(spec.socket_dir, owner_uid=os.geteuid())
+        (folder / "starting").write_text(str(spec.socket_dir))  # a warden that dies before the handle is written leaves a trail
         read_fd, write_fd = os.pipe()
         try:
             with (folder / "log").open("wb") as log:
@@ -208,7 +209,9 @@ class BubblewrapDriver:
     async def stop(self, name: str, *, grace_s: float) -> None:
         """See Driver. Killing the sandbox's init makes the kernel kill all that is in its pid namespace."""
         handle = self._handle(name)
-        if handle is not None and self._stat_of(handle) is not None:
+        if handle is None:
+            self._end_unregistered(name)
+        elif self._stat_of(handle) is not None:
             deadline = time.monotonic() + grace_s
             for pid in _children(handle.pid):  # not init: without a handler of its own it gets no signal but SIGKILL
                 with contextlib.suppress(ProcessLookupError):
@@ -224,6 +227,19 @@ class BubblewrapDriver:
                     raise DriverFailed(f"{name}: process {handle.pid} does not end after SIGKILL")
                 await asyncio.sleep(0.01)
         shutil.rmtree(self._run_dir / name, ignore_errors=True)
+
+    def _end_unregistered(self, name: str) -> None:
+        """Kill a sandbox whose warden died between starting it and writing its handle, told by the socket directory it was given."""
+        try:
+            socket_dir = (self._run_dir / name / "starting").read_bytes()
+        except OSError:
+            return
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    command = (entry / "cmdline").read_bytes().split(b"\0")
+                    if Path(os.fsdecode(command[0])).name == "bwrap" and socket_dir in command:
+                        os.kill(int(entry.name), signal.SIGKILL)
 
     async def sandboxes(self) -> list[Sandbox]:
         """See Driver."""

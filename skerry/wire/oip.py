@@ -209,8 +209,8 @@ def _whole_number(parameters: dict[str, Any], name: str) -> int:
 
 def _parse_input(item: _InputJson, field: str, view: memoryview, offset: int) -> tuple[Tensor, int]:
     """One input and the offset after its binary data, if it has any."""
-    if len(item.name) > MAX_NAME or len(item.shape) > MAX_RANK:
-        raise BadRequest(f"{field}: a name has at most {MAX_NAME} characters, a shape at most {MAX_RANK} extents")
+    if len(item.name) > MAX_NAME:
+        raise BadRequest(f"{field}.name: {len(item.name)} characters, a name has at most {MAX_NAME} characters")
     if item.datatype not in ITEM_BYTES and item.datatype != "BYTES":
         raise BadRequest(f"{field}.datatype: {item.datatype[:40]!r} is not one of {', '.join([*ITEM_BYTES, 'BYTES'])}")
     count = elements_of(item.shape, field)

@@ -32,9 +32,12 @@ app.add_typer(deployment_app, name="deployment")
 
 @app.command()
 @reporting
-def version() -> None:
+def version(as_json: Json = False) -> None:
     """Print the version."""
-    output.console.print(f"skerry {__version__}")
+    if as_json:
+        output.print_json({"version": __version__})
+    else:
+        output.console.print(f"skerry {__version__}")
 
 
 @app.command()
@@ -57,6 +60,7 @@ def demo(
 def login(
     url: Annotated[str, typer.Argument(help="the coordinator's address, such as https://fleet.example:8080")],
     token_file: Annotated[Path | None, typer.Option(help="a file that holds the token; asked for otherwise")] = None,
+    as_json: Json = False,
 ) -> None:
     """Keep a coordinator's address and token for later commands."""
     try:
@@ -65,6 +69,9 @@ def login(
         raise CliError(f"--token-file: {token_file}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
     status_now = Coordinator(Login(url, token)).call("GET", path_of("status"), StatusView)
     path = save_login(Login(url, token))
+    if as_json:
+        output.print_json({"fleet": status_now.fleet, "url": url, "kept_in": str(path)})
+        return
     output.console.print(f"logged in to fleet {status_now.fleet}; kept in {path}")
 
 

@@ -101,20 +101,11 @@ class PlanLoop:
     async def run(self, stop: asyncio.Event) -> None:
         """Plan until ``stop`` is set."""
         while not stop.is_set():
-            await self._changed(stop)
+            await lifecycle.first_of(self._wake, stop, within_s=AGAIN_S)
             if await lifecycle.sleep_until(stop, GATHER_S):
                 return
             self._wake.clear()
             await self._plan()
-
-    async def _changed(self, stop: asyncio.Event) -> None:
-        """Until there is reason to plan, or to end."""
-        waits = [asyncio.ensure_future(self._wake.wait()), asyncio.ensure_future(stop.wait())]
-        try:
-            await asyncio.wait(waits, timeout=AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
 
     async def _plan(self) -> None:
         started = time.perf_counter()

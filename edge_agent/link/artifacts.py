@@ -12,7 +12,7 @@ from pathlib import Path
 
 import aiohttp
 
-from skerry.runtime import backoff, durable, log
+from skerry.runtime import backoff, durable, lifecycle, log
 from skerry.wire.messages import ModelRef
 
 logger = log.get("agent.artifacts")
@@ -72,15 +72,7 @@ class Artifacts:
                 for model in due:
                     await self._fetch(session, model)
                 pause_s = min([30.0, *(self._next_try.get(d, 0.0) - time.monotonic() for d in self._needs)]) if self._needs else 30.0
-                await self._rest(stop, max(0.02, pause_s))
-
-    async def _rest(self, stop: asyncio.Event, pause_s: float) -> None:
-        waits = [asyncio.ensure_future(self._changed.wait()), asyncio.ensure_future(stop.wait())]
-        try:
-            await asyncio.wait(waits, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+                await lifecycle.first_of(self._changed, stop, within_s=max(0.02, pause_s))
 
     async def _fetch(self, session: aiohttp.ClientSession, model: ModelRef) -> None:
         attempt = self._attempts.get(model.sha256, 0)

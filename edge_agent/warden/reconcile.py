@@ -149,12 +149,7 @@ class Reconciler:
             pause_s = max(0.01, min([STEADY_POLL_S, *(t - now for t in times)]))
         if not self._known and not (self.desired and self.desired.replicas):
             pause_s = 10.0  # an idle box has nothing to look at
-        waits = [asyncio.ensure_future(self._wake.wait()), asyncio.ensure_future(stop.wait())]
-        try:
-            await asyncio.wait(waits, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await lifecycle.first_of(self._wake, stop, within_s=pause_s)
 
     async def _adopt_all(self, driver: Driver, stop: asyncio.Event) -> None:
         """Nothing is started before it is known what runs: an engine that does not answer is asked again."""

@@ -29,6 +29,16 @@ async def sleep_until(stop: asyncio.Event, seconds: float) -> bool:
     return stop.is_set()
 
 
+async def first_of(*events: asyncio.Event, within_s: float) -> None:
+    """Wait until one of ``events`` is set, ``within_s`` at most."""
+    waits = [asyncio.create_task(event.wait(), name="lifecycle.first_of") for event in events]
+    try:
+        await asyncio.wait(waits, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
 async def feed_watchdog(stop: asyncio.Event, alive: Callable[[], bool]) -> None:
     """Tell systemd that the program works for as long as ``alive`` says so."""
     interval_s = sdnotify.watchdog_interval_s()

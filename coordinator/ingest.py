@@ -70,7 +70,6 @@ class Ingest:
         self._loads: dict[tuple[str, int], BoxLoad] = {}
         self._outboxes: dict[str, tuple[str, ...]] = {}
         self._twins_told_at: dict[str, float] = {}
-        self.malformed = 0
 
     async def run(self, queue: "asyncio.Queue[Message]", stop: asyncio.Event) -> None:
         """Take messages until ``stop`` is set."""
@@ -138,7 +137,6 @@ class Ingest:
             if isinstance(message, Birth | Reported) and len(codec.encode(message)) > MOST_STORED_BYTES:
                 raise codec.Malformed(f"{topic.branch}: more than {MOST_STORED_BYTES} bytes with its defaults written out")
         except codec.Malformed as exc:
-            self.malformed += 1
             logger.warning("message.malformed", node=topic.node, branch=topic.branch, reason=str(exc)[:300])
             return None
         self._live.hear(topic.node)

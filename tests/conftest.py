@@ -1,6 +1,8 @@
 """Shared fixtures, and the closing report of what was not run."""
 
+import contextlib
 import os
+import subprocess
 from pathlib import Path
 
 import onnx
@@ -23,6 +25,24 @@ def need(component: str, reason: str) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     for component, reason in sorted(_absent.items()):
         terminalreporter.write_line(f"not run: {component}: {reason}")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of half a megabyte."""
+    need("root", "" if os.geteuid() == 0 else "mounting a small disk needs root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    need("root", mounted.stderr.strip())
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def fill(folder) -> None:
+    """Leave not one byte."""
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(256))
 
 
 @pytest.fixture(scope="session")

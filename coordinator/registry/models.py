@@ -54,8 +54,3 @@ def save_model(tables: Tables, ref: ModelRef, now_ms: int) -> bool:
         pk=("name", "version"),
     )
     return held is None
-
-
-def is_known_digest(tables: Tables, sha256: str) -> bool:
-    """Whether any version has these bytes."""
-    return any(tables.query("SELECT 1 FROM models WHERE sha256 = ? LIMIT 1", [sha256]))

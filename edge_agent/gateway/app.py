@@ -72,8 +72,7 @@ class Endpoints:
         started = time.perf_counter()
         body = await request.read()
         parsed = oip.parse_infer(body, request.headers.get(oip.HEADER_LENGTH))
-        name, version = request.match_info["model"], request.match_info.get("version")
-        route, _, _ = self._service.find(name, version)
+        route, pool, account = self._service.find(request.match_info["model"], request.match_info.get("version"))
         arrival = Arrival(
             request=parsed,
             headers={header: request.headers[header] for header in PASSED_ON if header in request.headers},
@@ -82,7 +81,7 @@ class Endpoints:
             deadline_ms=_deadline_ms(request, parsed, route),
             forwarded=FORWARDED in request.headers,
         )
-        answer = await self._service.infer(arrival, name, version)
+        answer = await self._service.infer(arrival, route, pool, account)
         total_ms = (time.perf_counter() - started) * 1000
         return self._passed_back(answer, total_ms) if answer.outcome is None else self._computed(parsed, answer, total_ms)
 

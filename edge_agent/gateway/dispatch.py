@@ -35,7 +35,6 @@ class Outcome(msgspec.Struct, frozen=True):
     outputs: list[oip.Tensor]
     replica: str
     queue_ms: float
-    service_ms: float
 
 
 class Pool:
@@ -65,11 +64,6 @@ class Pool:
         for replica in replicas:
             if replica not in self._keepers:
                 self._keepers[replica] = asyncio.create_task(self._keep_all(replica), name=f"gateway.replica.{replica.name}")
-
-    async def close(self) -> None:
-        """Let go of every replica."""
-        self.update([])
-        await asyncio.sleep(0)
 
     async def _keep_all(self, replica: LocalReplica) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -148,13 +142,12 @@ class Pool:
             answer, body = await call
         except ReplicaLost as exc:
             raise ReplicaLost(f"{replica}: {exc}") from exc
-        ended = time.perf_counter()
         try:
             tensors = ipc.tensors_of(answer.outputs, body)
         except codec.Malformed as exc:
             connection.close()
             raise ReplicaLost(f"{replica}: the worker speaks nonsense: {exc}") from exc
-        return Outcome(answer, tensors, replica, (started - asked) * 1000, (ended - started) * 1000)
+        return Outcome(answer, tensors, replica, (started - asked) * 1000)
 
     async def _slot(self) -> tuple[WorkerConnection, str]:
         while self._free:

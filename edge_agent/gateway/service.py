@@ -122,9 +122,8 @@ class Service:
         best = min(matching, key=lambda s: (-s.route.version, s.route.deployment))
         return best.route, best.pool, best.account
 
-    async def infer(self, arrival: Arrival, name: str, version: str | None) -> Answer:
-        """Answer in time. Raises Unknown, Refused, Rejected or Failed."""
-        route, pool, account = self.find(name, version)
+    async def infer(self, arrival: Arrival, route: Route, pool: Pool, account: Account) -> Answer:
+        """Answer in time, from what ``find`` gave. Raises Refused, Rejected or Failed."""
         try:
             answer = await self._answer(arrival, route, pool)
         except Refused:

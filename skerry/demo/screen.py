@@ -34,11 +34,6 @@ class Screen:
         if self._live is not None:
             self._live.stop()
 
-    @property
-    def is_live(self) -> bool:
-        """Whether there is a table that changes in place."""
-        return self._live is not None
-
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, soft_wrap=True)

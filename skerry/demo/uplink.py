@@ -24,7 +24,6 @@ class Uplink:
         self._whole.set()
         self._servers: list[asyncio.Server] = []
         self._before_the_cut: set[asyncio.StreamWriter] = set()
-        self.bytes_passed = 0
 
     async def start(self) -> None:
         """Open both doors."""
@@ -91,6 +90,5 @@ class Uplink:
         with contextlib.suppress(OSError):
             while data := await reader.read(CHUNK_BYTES):
                 await self._whole.wait()
-                self.bytes_passed += len(data)
                 writer.write(data)
                 await writer.drain()

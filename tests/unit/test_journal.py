@@ -1,7 +1,5 @@
 """What happened in the warden is kept across kill -9, a full disk and a damaged file; what can't be kept is counted."""
 
-import contextlib
-import os
 import shutil
 import signal
 import sqlite3
@@ -13,25 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.warden.journal import BATCH, PENDING, Journal
-from tests.conftest import need
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of half a megabyte."""
-    need("root", "" if os.geteuid() == 0 else "mounting a small disk needs root")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    need("root", mounted.stderr.strip())
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-
-
-def fill(folder) -> None:
-    """Leave not one byte."""
-    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(256))
+from tests.conftest import fill
 
 
 def texts(journal: Journal, after: int = 0) -> list[str]:

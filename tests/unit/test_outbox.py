@@ -1,7 +1,5 @@
 """What the coordinator has not confirmed is held, each thing once, bounded and counted, on a full disk and after a crash too."""
 
-import contextlib
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -15,25 +13,7 @@ from hypothesis import strategies as st
 from edge_agent.link.outbox import Outbox, OutboxFailed
 from skerry.wire.box import Entry
 from skerry.wire.messages import Sample
-from tests.conftest import need
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of half a megabyte."""
-    need("root", "" if os.geteuid() == 0 else "mounting a small disk needs root")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    need("root", mounted.stderr.strip())
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-
-
-def fill(folder) -> None:
-    """Leave not one byte."""
-    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(256))
+from tests.conftest import fill
 
 
 @pytest.fixture

@@ -5,39 +5,65 @@ from typing import Protocol
 
 import msgspec
 
-from skerry.wire.messages import Rung, WarmupTensor
+from skerry.wire.messages import Rung, Server
 
 
-class SandboxSpec(msgspec.Struct, frozen=True):
-    """One sandbox, whatever the driver: what it may use. Everything that is not named here it may not.
+class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The policy of one sandbox, whatever the driver: what it runs and what it may use. Everything that is not named here it may not.
 
-    ``socket_dir`` is the one writable directory that outside and inside share; the worker listens in it on ``worker.sock``.
-    ``label`` comes back from ``sandboxes`` as it was given, so that a restarted warden knows what it adopts.
+    Fixed, for every driver: no network but a loopback of its own; a read-only root; no capability and no way to gain one; the
+    system calls of ``edge_agent.confine``; a /proc of its own with masked paths; no device but /dev/null and its like and ``gpus``.
+
+    ``model_dir`` is seen read-only at /model, ``socket_dir`` is the one writable directory that outside and inside share (/run/skerry).
+    ``uid`` is whom it runs as where the driver may choose; 0 leaves it to the driver, which never makes it root.
     """
 
     name: str
-    model: Path
+    argv: list[str]
+    environment: dict[str, str] = {}
+    model_dir: Path
     socket_dir: Path
     memory_bytes: int
     cpus: float
-    warmup: list[WarmupTensor] = []
-    label: str = ""
+    uid: int = 0
+    pids_max: int = 128
+    files_max: int = 256
+    file_max_bytes: int = 64 * 2**20
+    tmp_max_bytes: int = 64 * 2**20
+    log_max_bytes: int = 8 * 2**20
+    gpus: list[str] = []
+    """NVIDIA GPUs by UUID, MIG slices by theirs."""
+    image: str = ""
+    """An image of the engine by id; empty: the host's interpreter and libraries, read-only."""
+    server: Server | None = None
+    """Where ``image`` is a model server of its own: how to speak to it."""
 
 
 class Sandbox(msgspec.Struct, frozen=True):
     """A sandbox that exists. ``exit_reason`` is empty while it runs."""
 
     name: str
-    label: str
     running: bool
     exit_reason: str = ""
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a running sandbox uses now; ``cpu_seconds`` counts from its start."""
+    """What a running sandbox uses now; ``cpu_seconds`` counts from its start.
+
+    ``oom_kills`` and ``pids_refused`` count processes ended for want of memory and refused at the limit, where the driver can tell.
+    """
 
     memory_bytes: int
     cpu_seconds: float
+    oom_kills: int = 0
+    pids_refused: int = 0
+
+
+class LogLines(msgspec.Struct, frozen=True):
+    """What a sandbox wrote, oldest line first, and the position to ask on from."""
+
+    lines: list[str]
+    position: str = ""
 
 
 class DriverFailed(Exception):
@@ -49,6 +75,8 @@ class Driver(Protocol):
 
     name: str
     rung: Rung
+    limits: str
+    """What holds memory, processors and processes to the policy: engine, cgroup2, cgroup1 or rlimits. Known once probed."""
 
     async def probe(self) -> str:
         """Why this driver can't run sandboxes here, found by trying; empty where it can."""
@@ -65,5 +93,5 @@ class Driver(Protocol):
     async def stats(self, name: str) -> Usage | None:
         """What a sandbox uses, or None where it does not run."""
 
-    async def logs(self, name: str, *, lines: int) -> list[str]:
-        """The last lines of what it wrote; empty where it is unknown."""
+    async def logs(self, name: str, *, lines: int, after: str = "") -> LogLines:
+        """The last ``lines`` of what it wrote, of that what follows the position ``after``; empty where it is unknown."""

@@ -5,7 +5,7 @@ The agent and the warden each treat the other's lines as hostile: the agent face
 
 import msgspec
 
-from skerry.wire.messages import ModelRef, Reported, Rung, SplitMode, Tier, Upstream
+from skerry.wire.messages import LogsReply, LogsRequest, ModelRef, Reported, Rung, SplitMode, Tier, Upstream
 
 MAX_LINE_BYTES = 1024 * 1024
 """Longest line on the warden's socket; a desired document is at most codec.MAX_MESSAGE_BYTES."""
@@ -33,7 +33,21 @@ class Arrived(msgspec.Struct, frozen=True, tag="arrived"):
     reason: str = ""
 
 
-FromAgent = Apply | Taken | Arrived
+class ReadLogs(msgspec.Struct, frozen=True, tag="read_logs"):
+    """Agent to warden: what a replica's sandbox wrote. ``call`` comes back in the answer."""
+
+    call: int
+    request: LogsRequest
+
+
+class LogsRead(msgspec.Struct, frozen=True, tag="logs_read"):
+    """Warden to agent: the answer to ``call``."""
+
+    call: int
+    reply: LogsReply
+
+
+FromAgent = Apply | Taken | Arrived | ReadLogs
 
 
 class State(msgspec.Struct, frozen=True, tag="state"):
@@ -42,6 +56,7 @@ class State(msgspec.Struct, frozen=True, tag="state"):
     reported: Reported
     needs: list[ModelRef] = []
     rungs: list[Rung] = []
+    rungs_absent: dict[Rung, str] = {}
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -62,7 +77,7 @@ class Entries(msgspec.Struct, frozen=True, tag="entries"):
     lost: int = 0
 
 
-FromWarden = State | Entries
+FromWarden = State | Entries | LogsRead
 
 
 class LocalReplica(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Moves together with ``wire/schema.json``; sent as the MQTT 5 user property ``schema``."""
 
 Tier = Literal["edge", "cloud"]
@@ -12,6 +12,9 @@ Rung = Literal["process", "container", "gvisor", "microvm"]
 RUNGS: tuple[Rung, ...] = ("process", "container", "gvisor", "microvm")
 """Weakest first."""
 Phase = Literal["pending", "fetching", "starting", "ready", "draining", "backoff", "failed"]
+UpdateMode = Literal["hand_over", "hand_over_if_room", "recreate"]
+"""How a replica changes: the new one beside the old until it is ready (refused where both do not fit), the same but one after the
+other where both do not fit, or always one after the other."""
 SplitMode = Literal["edge", "cloud", "overflow"]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 """A number that every reader can hold, JavaScript and SQLite included; a box in an enemy's hands sends others."""
@@ -53,6 +56,8 @@ class Birth(msgspec.Struct, frozen=True):
     gpus: list[Gpu] = []
     rungs: list[Rung] = []
     outbox_epoch: str = ""
+    rungs_absent: dict[Rung, str] = {}
+    """Why a rung is not offered, found by trying it."""
     desired_generation: Count = 0
 
 
@@ -74,6 +79,21 @@ class ModelRef(msgspec.Struct, frozen=True):
     warmup: list[WarmupTensor] = []
 
 
+class Server(msgspec.Struct, frozen=True):
+    """A model server of one's own, in an image of its own: any that speaks the Open Inference Protocol over HTTP.
+
+    ``image`` is the image's id in the engine (``sha256:`` and 64 digits: the digest of its configuration, which pins every layer).
+    ``port`` is where it listens inside; ``model`` is the model's name there, empty where it is the deployment's. An empty ``argv``
+    is the image's own command. The model's file lies read-only at /model/model.onnx.
+    """
+
+    image: str
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 8080
+    model: str = ""
+    argv: list[str] = []
+    environment: dict[str, str] = {}
+
+
 class ReplicaSpec(msgspec.Struct, frozen=True):
     """One sandbox that should run on a box. ``name`` is unique on the box; ``generation`` is the deployment's."""
 
@@ -85,6 +105,11 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     cpus: float
     gpu_memory_bytes: Count = 0
     isolation_at_least: Rung = "process"
+    update: UpdateMode = "hand_over_if_room"
+    deadline_ms: Count = 1000
+    image: str = ""
+    """The image of the worker, by id as in Server; empty: the box's own interpreter and libraries."""
+    server: Server | None = None
 
 
 class Upstream(msgspec.Struct, frozen=True):
@@ -130,6 +155,14 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     driver: str = ""
     rung: Rung | None = None
     restarts: Count = 0
+    sandbox: str = ""
+    """The sandbox's own name on the box."""
+    limits: str = ""
+    """What holds its limits: engine, cgroup2, cgroup1 or rlimits."""
+    is_crash_loop: bool = False
+    """Whether it ended so often that it is not tried again until the coordinator changes it."""
+    is_warm: bool = False
+    """Whether it was started ahead and only had to load the model."""
 
 
 class Reported(msgspec.Struct, frozen=True):
@@ -165,6 +198,22 @@ class Ack(msgspec.Struct, frozen=True):
 
     epoch: str
     events_seq: Count
+
+
+class LogsRequest(msgspec.Struct, frozen=True):
+    """``command/logs``: what a replica's sandbox wrote. ``after`` is the position in the last answer, empty for the last ``lines``."""
+
+    replica: str
+    lines: Annotated[int, msgspec.Meta(ge=1, le=2000)] = 100
+    after: str = ""
+
+
+class LogsReply(msgspec.Struct, frozen=True):
+    """The answer on ``reply``, with the request's correlation data. ``error`` says why there is none."""
+
+    lines: list[str] = []
+    position: str = ""
+    error: str = ""
 
 
 class ServeSample(msgspec.Struct, frozen=True):
@@ -215,4 +264,4 @@ class MetricsBatch(msgspec.Struct, frozen=True):
     oldest: Count = 0
 
 
-MESSAGES: tuple[type[msgspec.Struct], ...] = (Presence, Birth, Desired, Reported, EventBatch, MetricsBatch, Ack)
+MESSAGES: tuple[type[msgspec.Struct], ...] = (Presence, Birth, Desired, Reported, EventBatch, MetricsBatch, Ack, LogsRequest, LogsReply)

@@ -9,11 +9,23 @@ import msgspec
 import pytest
 
 from skerry.wire import codec, schema
-from skerry.wire.messages import MESSAGES, SCHEMA_VERSION, Ack, Birth, Desired, EventBatch, MetricsBatch, Presence, Reported
+from skerry.wire.messages import (
+    MESSAGES,
+    SCHEMA_VERSION,
+    Ack,
+    Birth,
+    Desired,
+    EventBatch,
+    LogsReply,
+    LogsRequest,
+    MetricsBatch,
+    Presence,
+    Reported,
+)
 
 COMMITTED = Path(schema.__file__).with_name("schema.json")
 HINT = "bump SCHEMA_VERSION in skerry/wire/messages.py and regenerate: python -m skerry.wire.schema > skerry/wire/schema.json"
-SHAPES = {1: "e2cd9d"}
+SHAPES = {1: "e2cd9d", 2: "57f56a"}
 """By version, the first digits of its shape's SHA-256. A released line is never changed: it is how a forgotten bump is seen."""
 CLOSED: set[str] = set()
 """Refuse fields they do not know: they could get no new one without breaking older boxes."""
@@ -40,6 +52,8 @@ OLDEST: list[tuple[type[msgspec.Struct], bytes]] = [
         b'"gpus":[{"uuid":"u","utilization_ratio":0.1,"memory_used_mib":1,"temperature_c":1,"power_w":1}]}]}',
     ),
     (Ack, b'{"epoch":"e","events_seq":1}'),
+    (LogsRequest, b'{"replica":"shelf-0"}'),
+    (LogsReply, b"{}"),
 ]
 """What the first version sent at the least, in bytes: never edited, since boxes out there send it."""
 

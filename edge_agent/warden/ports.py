@@ -1,11 +1,24 @@
 """What the warden asks of the world. Small Protocols; parts that implement them meet in ``daemon.py`` alone."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from skerry.wire.messages import Rung, Server
+
+
+MODEL_DIR, MODEL_FILE = "/model", "model.onnx"
+SOCKET_DIR, SOCKET_NAME, CONTROL_NAME = "/run/skerry", "worker.sock", "control.sock"
+"""Where a sandbox finds its model and its sockets, and what those are called on both sides."""
+SOCKET_PATH_MAX_BYTES = 107
+"""unix(7)."""
+LAST_LINES = 20
+"""How much of what a sandbox wrote is kept with its ending."""
+LOAD_FAILED = "load failed: "
+"""How a worker's last line begins where it could not load its model; its exit status is 3."""
+SIGSYS = 31
+"""The signal by which the kernel ends a process for a system call that is never allowed."""
 
 
 class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,6 +28,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     system calls of ``edge_agent.confine``; a /proc of its own with masked paths; no device but /dev/null and its like and ``gpus``.
 
     ``model_dir`` is seen read-only at /model, ``socket_dir`` is the one writable directory that outside and inside share (/run/skerry).
+    Both exist before a driver is asked to start; anyone may write to the latter, and what is above it keeps strangers out.
     ``uid`` is whom it runs as where the driver may choose; 0 leaves it to the driver, which never makes it root.
     """
 
@@ -39,12 +53,56 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Where ``image`` is a model server of its own: how to speak to it."""
 
 
+class Ending(msgspec.Struct, frozen=True):
+    """How a sandbox ended. ``exit_code`` is the shell's: 128 and the signal's number for one that was killed; None where nobody saw it."""
+
+    exit_code: int | None = None
+    oom_killed: bool = False
+    lines: list[str] = []
+    """The last of what it wrote."""
+
+    @property
+    def cause(self) -> Literal["oom", "refused_call", "load_failed", "killed", "exited"]:
+        """What kind of end it was, as far as can be told."""
+        if self.oom_killed:
+            return "oom"
+        if self.exit_code == 128 + SIGSYS:
+            return "refused_call"
+        if any(LOAD_FAILED in line for line in self.lines[-3:]):
+            return "load_failed"
+        return "killed" if self.exit_code is not None and self.exit_code > 128 else "exited"
+
+    @property
+    def reason(self) -> str:
+        """The same for people."""
+        said = "; ".join(self.lines[-3:])
+        match self.cause:
+            case "oom":
+                return "killed: out of memory"
+            case "refused_call":
+                return "killed: it made a system call that no model server has a use for (SIGSYS)"
+            case "killed":
+                return f"killed by signal {(self.exit_code or 0) - 128}" + (f": {said}" if said else "")
+            case "load_failed" | "exited":
+                code = "" if self.exit_code is None else f"exit code {self.exit_code}"
+                return said or code or "ended without a word"
+
+
 class Sandbox(msgspec.Struct, frozen=True):
-    """A sandbox that exists. ``exit_reason`` is empty while it runs."""
+    """A sandbox that exists; ``ending`` is None while it runs."""
 
     name: str
-    running: bool
-    exit_reason: str = ""
+    ending: Ending | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs."""
+        return self.ending is None
+
+    @property
+    def exit_reason(self) -> str:
+        """Why it does not run, for people; empty while it does."""
+        return "" if self.ending is None else self.ending.reason
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -1,36 +1,57 @@
-"""``python -m edge_agent.worker --model FILE --socket PATH [--threads N]``"""
+"""``python -m edge_agent.worker --socket PATH [--model FILE] [--threads N]``
+
+Without ``--model`` it imports all that it will need and waits, on ``control.sock`` beside its socket, to be told to load the model that
+will then lie in its model directory.
+"""
 
 import argparse
 import gc
 import sys
 from pathlib import Path
 
-from edge_agent.worker.serve import serve
-from edge_agent.worker.session import LoadFailed, Session
+from edge_agent.worker import lockdown
 from skerry.wire import codec, ipc
 from skerry.wire.messages import WarmupTensor
 
+MODEL = Path("/model/model.onnx")
+CONTROL = "control.sock"
+EXIT_LOAD_FAILED = 3
+
 
 def main() -> None:
-    """Load, then serve; a model that can't be loaded is said on the socket and on standard error, and is exit status 3."""
+    """Load, lock down, then serve; a model that can't be loaded is said on standard error and is exit status 3."""
     parser = argparse.ArgumentParser(prog="edge_agent.worker", description="Serve one ONNX model on a Unix socket.")
-    parser.add_argument("--model", type=Path, required=True, help="the ONNX file")
+    parser.add_argument("--model", type=Path, help="the ONNX file; without it, wait to be told to load the one in /model")
     parser.add_argument("--socket", type=Path, required=True, help="where to listen; the directory must be writable")
     parser.add_argument("--threads", type=int, default=1, help="threads for one inference (default: 1)")
     parser.add_argument("--warmup", default="[]", help="inputs of the warm-up run, JSON: [{name, shape, value}]")
     arguments = parser.parse_args()
     try:
-        warmup = codec.decode(arguments.warmup.encode(), list[WarmupTensor])
-        session = Session(arguments.model, threads=arguments.threads, warmup=warmup)
-    except (LoadFailed, codec.Malformed) as exc:
+        lockdown.before_loading(arguments.socket.parent)
+    except lockdown.LockdownFailed as exc:
+        sys.exit(_failed(str(exc)))
+    # Only now: what is imported starts threads, and Landlock binds the thread that asks for it and those that follow.
+    from edge_agent.worker import serve
+    from edge_agent.worker.session import LoadFailed, Session
+
+    try:
+        if arguments.model is None:
+            model, warmup = MODEL, serve.wait_for_load(arguments.socket.with_name(CONTROL)).warmup
+        else:
+            model, warmup = arguments.model, codec.decode(arguments.warmup.encode(), list[WarmupTensor])
+        session = Session(model, threads=arguments.threads, warmup=warmup)
+        listener = serve.listen(arguments.socket)
+        confinement = lockdown.before_serving(session.provider)
+    except (LoadFailed, codec.Malformed, lockdown.LockdownFailed) as exc:
         sys.exit(_failed(str(exc)))
     gc.freeze()  # what loading made lives as long as the process: the collector need not walk it in the middle of a request
-    serve(arguments.socket, session, ipc.Hello(session.inputs, session.outputs, session.provider, session.load_ms, session.warm))
+    hello = ipc.Hello(session.inputs, session.outputs, session.provider, session.load_ms, session.warm, confinement)
+    serve.serve(listener, session, hello)
 
 
 def _failed(reason: str) -> int:
     sys.stderr.write(f"load failed: {reason}\n")
-    return 3
+    return EXIT_LOAD_FAILED
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The worker's socket: frames in, frames out. One thread a connection; ONNX Runtime lets go of the interpreter while it computes."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ from skerry.wire import codec, ipc, oip
 
 MAX_CONNECTIONS = 64
 RECEIVE_BYTES = 64 * 1024
+CONTROL_TIMEOUT_S = 5.0
 
 
 class _Reader:
@@ -90,16 +92,36 @@ def _serve_connection(connection: socket.socket, session: Session, hello: ipc.He
         slots.release()
 
 
-def serve(path: Path, session: Session, hello: ipc.Hello) -> None:
-    """Accept connections on the Unix socket ``path`` for ever."""
+def listen(path: Path) -> socket.socket:
+    """A listening socket at ``path``, which appears when it can be connected to."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    staging = path.with_name(path.name + ".new")
+    staging.unlink(missing_ok=True)
+    listener.bind(str(staging))
+    listener.listen(MAX_CONNECTIONS)
+    staging.chmod(0o666)  # the directory above is what keeps strangers out: gateway and sandbox are different users
+    staging.rename(path)
+    return listener
+
+
+def wait_for_load(path: Path) -> ipc.Load:
+    """Wait at the Unix socket ``path`` until it is said what to load; whoever says nothing sensible is let go. The socket is gone then."""
+    with listen(path) as listener:
+        while True:
+            connection, _ = listener.accept()
+            connection.settimeout(CONTROL_TIMEOUT_S)
+            with connection, contextlib.suppress(OSError, codec.Malformed):
+                frame = _Reader(connection).frame()
+                if frame is not None:
+                    load = ipc.parse_header(frame[0], ipc.Load)
+                    path.unlink(missing_ok=True)
+                    return load
+
+
+def serve(listener: socket.socket, session: Session, hello: ipc.Hello) -> None:
+    """Accept connections for ever."""
     slots = threading.Semaphore(MAX_CONNECTIONS)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        staging = path.with_name(path.name + ".new")
-        staging.unlink(missing_ok=True)
-        listener.bind(str(staging))
-        listener.listen(MAX_CONNECTIONS)
-        staging.chmod(0o660)  # the gateway is another user of the same group
-        staging.rename(path)  # whoever sees the path can connect
+    with listener:
         while True:
             slots.acquire()
             connection, _ = listener.accept()

@@ -1,6 +1,7 @@
 """NVIDIA's GPUs through NVML (pynvml). A box without the driver is normal: there are no GPUs then, and nothing is said of it."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 from skerry.wire.messages import Gpu, GpuSample
@@ -33,6 +34,27 @@ def gpus() -> list[Gpu]:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             memory_mib = nvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20
             found.append(Gpu(_text(nvml.nvmlDeviceGetUUID(handle)), _text(nvml.nvmlDeviceGetName(handle)), memory_mib, driver))
+    return found
+
+
+class NoSuchGpu(Exception):
+    """A GPU that can't be handed to a sandbox; the text says why."""
+
+
+def device_files(uuids: list[str]) -> list[str]:
+    """The device files that a process needs for these GPUs, the driver's common ones first. Raises NoSuchGpu."""
+    nvml = _library()
+    if nvml is None:
+        raise NoSuchGpu("there is no NVIDIA driver on this box")
+    found = [path for path in ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools") if Path(path).exists()]
+    for uuid in uuids:
+        if uuid.startswith("MIG-"):
+            raise NoSuchGpu(f"{uuid}: a MIG slice can only be handed to a container (rung container)")
+        try:
+            minor = nvml.nvmlDeviceGetMinorNumber(nvml.nvmlDeviceGetHandleByUUID(uuid.encode()))
+        except nvml.NVMLError as exc:
+            raise NoSuchGpu(f"{uuid[:80]!r} is not a GPU of this box: {exc}") from exc
+        found.append(f"/dev/nvidia{minor}")
     return found
 
 

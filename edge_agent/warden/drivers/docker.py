@@ -1,8 +1,9 @@
-"""The ``container`` rung: a worker in a container of the box's Docker Engine; with the runtime runsc the ``gvisor`` rung.
+"""The ``container`` rung: a program in a container of the box's Docker Engine; with the runtime runsc the ``gvisor`` rung.
 
 No image is needed from anywhere: ours holds nothing but the links of a merged /usr, and the host's interpreter and libraries are
-bound over it read-only (``host_runtime``). The container has no network, no capability and no way to gain one, a read-only root,
-bounded memory (no swap), processors, processes, log and ``/tmp``, and can write to its socket directory alone.
+bound over it read-only (``host_runtime``); a specification may name another image of the engine by its id. The container has no network,
+no capability and no way to gain one, a read-only root, the system calls of ``edge_agent.confine``, a user id of its own, bounded memory
+(no swap), processors, processes, log and ``/tmp``, and can write to its socket directory alone.
 
 The engine is the state: what is not in its list of containers with our owner's label does not exist. A client is made for each
 call, since the SDK's is not made for several threads and holds connections open; that costs well under a millisecond.
@@ -13,23 +14,23 @@ import contextlib
 import hashlib
 import io
 import math
-import os
+import platform
 import socket as sockets
-import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from edge_agent.warden.drivers import host_runtime
-from edge_agent.warden.ports import DriverFailed, Sandbox, SandboxSpec, Usage
+from edge_agent.confine.policy import FLOOR
+from edge_agent.warden.drivers import docker_profile, host_runtime, probe
+from edge_agent.warden.ports import LAST_LINES, MODEL_DIR, SOCKET_DIR, DriverFailed, Ending, LogLines, Sandbox, SandboxSpec, Usage
 from skerry.wire.messages import Rung
 
 if TYPE_CHECKING:  # the SDK is imported on first use: a box without an engine does not pay memory for it
     from docker import APIClient
+    from docker.types import DeviceRequest
 
 T = TypeVar("T")
 
@@ -37,29 +38,12 @@ IMAGE = "skerry-host-runtime"
 IMAGE_TAG = "1"
 CALL_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 0.5
-PROBE_TIMEOUT_S = 20.0
-LOG_MAX_BYTES = 8 * 1024 * 1024
-LOG_READ_MAX_BYTES = 64 * 1024
-PIDS_MAX = 256
-FILES_MAX = 256
-PROBE_MEMORY_BYTES = 256 * 1024 * 1024
+LOG_READ_MAX_BYTES = 256 * 1024
 GVISOR_ADVICE = "the engine's runtime runsc needs the arguments --host-uds=all and, on newer kernels, --network=none"
 NOBODY = 65534
-"""Whom a worker runs as where the warden is root."""
+"""Whom a program runs as where its specification leaves that open."""
 
-_OWNER, _NAME, _LABEL, _CONTENTS = "skerry.owner", "skerry.name", "skerry.label", "skerry.contents"
-
-_PROBE = f"""
-import os, socket
-path = "{host_runtime.SOCKET_DIR}/{host_runtime.SOCKET_NAME}"
-with socket.socket(socket.AF_UNIX) as listener:
-    listener.bind(path + ".new")
-    listener.listen()
-    os.rename(path + ".new", path)
-    listener.settimeout({PROBE_TIMEOUT_S})
-    listener.accept()[0].sendall(b"works")
-"""
-"""What a probe container runs: all that a worker does to be reached. gVisor hides a socket made inside, unless it is told not to."""
+_OWNER, _NAME, _CONTENTS = "skerry.owner", "skerry.name", "skerry.contents"
 
 
 class _Listed(msgspec.Struct, frozen=True, rename="pascal"):
@@ -88,6 +72,10 @@ class _Image(msgspec.Struct, frozen=True, rename="pascal"):
 
 class _Created(msgspec.Struct, frozen=True, rename="pascal"):
     id: str
+
+
+class _Info(msgspec.Struct, frozen=True, rename="pascal"):
+    runtimes: dict[str, object] = {}
 
 
 class _Memory(msgspec.Struct, frozen=True):
@@ -130,9 +118,8 @@ class DockerDriver:
         self._runtime = runtime
         self._owner = owner
         self._api_version = ""
-        self._reasons: dict[str, str] = {}
-        uid = os.geteuid()
-        self._uid, self._gid = (uid, os.getegid()) if uid else (NOBODY, NOBODY)
+        self._endings: dict[str, Ending] = {}
+        self.limits = "engine"
 
     # -- the engine
 
@@ -188,43 +175,52 @@ class DockerDriver:
         if not any((image.labels or {}).get(_CONTENTS) == contents for image in present):
             engine.import_image_from_data(tar, IMAGE, IMAGE_TAG, changes=[f"LABEL {_CONTENTS}={contents}"])
 
-    def _create(self, engine: "APIClient", spec: SandboxSpec, *, container: str, argv: list[str], labels: dict[str, str]) -> str:
+    def _create(self, engine: "APIClient", spec: SandboxSpec) -> str:
         """Make a container, not started; returns its id."""
         from docker.types import LogConfig, Mount, Ulimit
 
-        self._ensure_image(engine)
+        if not spec.image:
+            self._ensure_image(engine)
+        uid = spec.uid or NOBODY
+        host_mounts = [] if spec.image else host_runtime.system_mounts()
         limits = engine.create_host_config(
             network_mode="none",
             ipc_mode="private",
             read_only=True,
             cap_drop=["ALL"],
-            security_opt=["no-new-privileges:true"],
-            pids_limit=PIDS_MAX,
+            security_opt=["no-new-privileges:true", f"seccomp={docker_profile.profile(FLOOR, platform.machine())}"],
+            pids_limit=spec.pids_max,
             mem_limit=spec.memory_bytes,
             memswap_limit=spec.memory_bytes,  # memory and swap together: no swap
             nano_cpus=int(spec.cpus * 1_000_000_000),
-            ulimits=[Ulimit(name="nofile", soft=FILES_MAX, hard=FILES_MAX), Ulimit(name="core", soft=0, hard=0)],
-            tmpfs={"/tmp": f"size={host_runtime.TMP_MAX_BYTES},mode=1777,nosuid,nodev,noexec"},  # noqa: S108 - the sandbox's own
+            ulimits=[
+                Ulimit(name="nofile", soft=spec.files_max, hard=spec.files_max),
+                Ulimit(name="fsize", soft=spec.file_max_bytes, hard=spec.file_max_bytes),
+                Ulimit(name="core", soft=0, hard=0),
+            ],
+            shm_size=spec.tmp_max_bytes,
+            tmpfs={"/tmp": f"size={spec.tmp_max_bytes},mode=1777,nosuid,nodev,noexec"},  # noqa: S108 - the sandbox's own
             # The engine mounts shallow paths first: an installation below /tmp is seen.
             mounts=[
-                *(Mount(path, path, type="bind", read_only=True) for path in host_runtime.system_mounts()),
-                Mount(host_runtime.MODEL, str(spec.model.absolute()), type="bind", read_only=True),
-                Mount(host_runtime.SOCKET_DIR, str(spec.socket_dir.absolute()), type="bind"),
+                *(Mount(path, path, type="bind", read_only=True) for path in host_mounts),
+                Mount(MODEL_DIR, str(spec.model_dir.absolute()), type="bind", read_only=True),
+                Mount(SOCKET_DIR, str(spec.socket_dir.absolute()), type="bind"),
             ],
+            device_requests=_device_requests(engine, spec.gpus),
             init=True,  # forwards SIGTERM, which a process with pid 1 would not hear
-            log_config=LogConfig(type="json-file", config={"max-size": str(LOG_MAX_BYTES), "max-file": "1"}),
+            log_config=LogConfig(type="json-file", config={"max-size": str(spec.log_max_bytes), "max-file": "1"}),
             restart_policy={"Name": "no"},  # the warden decides, with its back-off
             runtime=self._runtime or None,
         )
         created = engine.create_container(
-            f"{IMAGE}:{IMAGE_TAG}",
-            argv,
-            name=container,
+            spec.image or f"{IMAGE}:{IMAGE_TAG}",
+            spec.argv,
+            name=f"skerry-{self._owner}-{spec.name}",
             hostname="sandbox",
-            user=f"{self._uid}:{self._gid}",
+            user=f"{uid}:{uid}",
             working_dir="/",
-            environment=host_runtime.worker_environment(spec),
-            labels=labels,
+            environment=spec.environment,
+            labels={_OWNER: self._owner, _NAME: spec.name},
             host_config=limits,
             use_config_proxy=False,
         )
@@ -243,67 +239,18 @@ class DockerDriver:
             if exc.status_code != 409:  # "removal ... is already in progress"
                 raise
 
-    def _start_container(self, engine: "APIClient", spec: SandboxSpec, *, container: str, argv: list[str], labels: dict[str, str]) -> None:
-        identifier = self._create(engine, spec, container=container, argv=argv, labels=labels)
-        try:
-            engine.start(identifier)
-        except BaseException:
-            self._remove(engine, identifier)
-            raise
-
     # -- Driver
 
     async def probe(self) -> str:
         """See Driver."""
         try:
             await asyncio.to_thread(self._check_listening)
-            reason = await self._run_probe()
+            if platform.machine() not in docker_profile.ARCHITECTURES:
+                return f"there is no table of system calls for {platform.machine()!r}"
+            reason = await probe.tried(self, self._run_dir.parent / "probes")
         except (DriverFailed, OSError) as exc:
             return str(exc)
         return f"{reason} ({GVISOR_ADVICE})" if reason and self.name == "gvisor" else reason
-
-    async def _run_probe(self) -> str:
-        """A container with all that a sandbox's has must run the interpreter and be reached on its socket."""
-        folder = self._run_dir / "probe"
-        container = f"skerry.probe-{self._owner}"  # without the owner's label, so that nobody takes it for a sandbox
-        spec = SandboxSpec("probe", model=Path(__file__), socket_dir=folder, memory_bytes=PROBE_MEMORY_BYTES, cpus=1.0)
-
-        def begin(engine: "APIClient") -> None:
-            self._remove(engine, container)  # left by a warden that was killed in the middle
-            self._start_container(engine, spec, container=container, argv=[sys.executable, "-I", "-S", "-c", _PROBE], labels={})
-
-        await asyncio.to_thread(host_runtime.make_socket_dir, folder, owner_uid=self._uid)
-        try:
-            await self._call(begin)
-            return await self._probe_answer(folder / host_runtime.SOCKET_NAME, container)
-        except DriverFailed as exc:
-            return str(exc)
-        finally:
-            await self._call(lambda engine: self._remove(engine, container))
-
-    async def _probe_answer(self, path: Path, container: str) -> str:
-        """Empty once the probe container was heard, else why it was not."""
-        deadline = time.monotonic() + PROBE_TIMEOUT_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-                reader, writer = await asyncio.wait_for(asyncio.open_unix_connection(str(path)), 1.0)
-                try:
-                    await asyncio.wait_for(reader.readexactly(5), PROBE_TIMEOUT_S)
-                finally:
-                    writer.close()
-                    with contextlib.suppress(OSError):
-                        await writer.wait_closed()
-                return ""
-            reason = await self._call(lambda engine: self._ended(engine, container))
-            if reason:
-                return f"a probe container ended: {reason}"
-            await asyncio.sleep(0.02)
-        return f"a probe container runs, and its socket could not be reached within {PROBE_TIMEOUT_S:.0f} s"
-
-    def _ended(self, engine: "APIClient", container: str) -> str:
-        """Why the probe container no longer runs; empty while it does."""
-        found = msgspec.convert(engine.containers(filters={"name": f"^/{container}$"}), list[_Listed])
-        return "" if found else self._exit_reason(engine, container)
 
     async def start(self, spec: SandboxSpec) -> None:
         """See Driver."""
@@ -313,13 +260,12 @@ class DockerDriver:
                 if listed.state in ("running", "paused"):
                     return
                 self._remove(engine, listed.id)
+            identifier = self._create(engine, spec)
             try:
-                host_runtime.make_socket_dir(spec.socket_dir, owner_uid=self._uid)
-            except OSError as exc:
-                raise DriverFailed(f"{spec.socket_dir}: {exc.strerror}") from exc
-            labels = {_OWNER: self._owner, _NAME: spec.name, _LABEL: spec.label}
-            container = f"skerry-{self._owner}-{spec.name}"
-            self._start_container(engine, spec, container=container, argv=host_runtime.worker_argv(spec), labels=labels)
+                engine.start(identifier)
+            except BaseException:
+                self._remove(engine, identifier)
+                raise
 
         await self._call(work)
 
@@ -339,38 +285,33 @@ class DockerDriver:
 
         def work(engine: "APIClient") -> list[Sandbox]:
             found, present = [], self._listed(engine)
-            self._reasons = {listed.id: self._reasons[listed.id] for listed in present if listed.id in self._reasons}
+            self._endings = {listed.id: self._endings[listed.id] for listed in present if listed.id in self._endings}
             for listed in present:
                 running = listed.state in ("running", "paused")
-                reason = "" if running else self._reason_of(engine, listed)
-                found.append(Sandbox(listed.labels.get(_NAME, ""), listed.labels.get(_LABEL, ""), running=running, exit_reason=reason))
+                found.append(Sandbox(listed.labels.get(_NAME, ""), None if running else self._ending(engine, listed)))
             return sorted(found, key=lambda sandbox: sandbox.name)
 
         return await self._call(work)
 
-    def _reason_of(self, engine: "APIClient", listed: _Listed) -> str:
-        """Why a sandbox does not run. Kept once known: the warden may look many times a second while it waits for another one."""
+    def _ending(self, engine: "APIClient", listed: _Listed) -> Ending:
+        """How a sandbox ended. Kept once known: the warden may look many times a second while it waits for another one."""
         import docker
 
         if listed.state == "created":
-            return "made, but not started"
-        if listed.id not in self._reasons:
+            return Ending(lines=["made, but not started"])
+        if listed.id not in self._endings:
             try:
-                self._reasons[listed.id] = self._exit_reason(engine, listed.id)
+                state = msgspec.convert(engine.inspect_container(listed.id), _Inspected).state
+                lines = self._last_lines(engine, listed.id, LAST_LINES) or ([state.error] if state.error else [])
             except docker.errors.NotFound:
-                return "removed"
-        return self._reasons[listed.id]
+                return Ending(lines=["removed"])
+            self._endings[listed.id] = Ending(state.exit_code, oom_killed=state.oom_killed, lines=lines)
+        return self._endings[listed.id]
 
     @staticmethod
     def _last_lines(engine: "APIClient", container: str, lines: int) -> list[str]:
         text = engine.logs(container, stdout=True, stderr=True, stream=False, tail=lines)
         return text[-LOG_READ_MAX_BYTES:].decode(errors="replace").splitlines()
-
-    def _exit_reason(self, engine: "APIClient", container: str) -> str:
-        state = msgspec.convert(engine.inspect_container(container), _Inspected).state
-        if state.oom_killed:
-            return "killed: out of memory"
-        return "; ".join(self._last_lines(engine, container, 3)) or state.error or f"exit code {state.exit_code}"
 
     async def stats(self, name: str) -> Usage | None:
         """See Driver; the page cache that the kernel can take back is not counted."""
@@ -386,11 +327,27 @@ class DockerDriver:
 
         return await self._call(work)
 
-    async def logs(self, name: str, *, lines: int) -> list[str]:
-        """See Driver."""
+    async def logs(self, name: str, *, lines: int, after: str = "") -> LogLines:
+        """See Driver. A position is the time of the last line, as the engine stamps it: to the nanosecond, in one width."""
 
-        def work(engine: "APIClient") -> list[str]:
+        def work(engine: "APIClient") -> LogLines:
             found = self._listed(engine, name)
-            return self._last_lines(engine, found[0].id, lines) if found else []
+            if not found or lines <= 0:
+                return LogLines([])
+            text = engine.logs(found[0].id, stdout=True, stderr=True, stream=False, timestamps=True, tail=lines)
+            stamped = [line.partition(" ") for line in text[-LOG_READ_MAX_BYTES:].decode(errors="replace").splitlines()]
+            new = [(stamp, line) for stamp, _, line in stamped if stamp > after]
+            return LogLines([line for _, line in new], new[-1][0] if new else after)
 
         return await self._call(work)
+
+
+def _device_requests(engine: "APIClient", gpus: list[str]) -> list["DeviceRequest"]:
+    """GPUs and MIG slices by id, through the NVIDIA runtime where the engine has it, else by CDI (Container Device Interface)."""
+    from docker.types import DeviceRequest
+
+    if not gpus:
+        return []
+    if "nvidia" in msgspec.convert(engine.info(), _Info).runtimes:
+        return [DeviceRequest(driver="nvidia", device_ids=gpus, capabilities=[["gpu", "compute", "utility"]])]
+    return [DeviceRequest(driver="cdi", device_ids=[f"nvidia.com/gpu={gpu}" for gpu in gpus])]

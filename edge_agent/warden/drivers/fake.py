@@ -1,20 +1,32 @@
 """A scriptable driver that ships: no process, no isolation, the same promises. For tests of whatever talks to a warden or a worker.
 
-Its sandboxes really listen on their socket, in this process, and speak ``skerry.wire.ipc``: a model of ``y = 2 x`` for ``x`` of
-FP32 [-1, 3]. They live in a FakeWorld, which outlives a driver as a box's processes outlive a warden, and ends with its event loop.
+Its sandboxes really listen on their sockets, in this process, and speak ``skerry.wire.ipc``: a model of ``y = 2 x`` for ``x`` of
+FP32 [-1, 3], loaded at once or when the control socket is told to. They live in a FakeWorld, which outlives a driver as a box's processes outlive a warden, and ends with its event loop.
 """
 
 import asyncio
 import contextlib
-import os
 import struct
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
-from edge_agent.warden.drivers import host_runtime
-from edge_agent.warden.ports import DriverFailed, Sandbox, SandboxSpec, Usage
+import msgspec
+
+from edge_agent.warden.ports import (
+    CONTROL_NAME,
+    LOAD_FAILED,
+    MODEL_FILE,
+    SOCKET_NAME,
+    DriverFailed,
+    Ending,
+    LogLines,
+    Sandbox,
+    SandboxSpec,
+    Usage,
+)
 from skerry.wire import codec, ipc, oip
-from skerry.wire.messages import Rung
+from skerry.wire.messages import Rung, WarmupTensor
 
+OUT_OF_MEMORY = "killed: out of memory"
 BAD_MODEL = b"not a model"
 """A model file that begins so can't be loaded."""
 
@@ -51,18 +63,18 @@ def answer_of(call: ipc.Call, body: memoryview) -> tuple[ipc.Answer, list[oip.By
     return ipc.Answer(call.call, ipc.heads_of([oip.Tensor("y", "FP32", x.shape, data)]), compute_us=1), [data]
 
 
-def _load_failure(spec: SandboxSpec) -> str:
+def _load_failure(spec: SandboxSpec, warmup: list[WarmupTensor]) -> str:
     """Why the worker in this sandbox would end instead of listening; empty where it would not."""
     try:
-        with spec.model.open("rb") as model:
+        with (spec.model_dir / MODEL_FILE).open("rb") as model:
             if model.read(len(BAD_MODEL)) == BAD_MODEL:
-                return f"load failed: {Path(host_runtime.MODEL).name}: this is not a model"
-        wanted_bytes = sum(4 * oip.elements_of(tensor.shape, tensor.name) for tensor in spec.warmup)
+                return f"{LOAD_FAILED}{MODEL_FILE}: this is not a model"
+        wanted_bytes = sum(4 * oip.elements_of(tensor.shape, tensor.name) for tensor in warmup)
     except OSError as exc:
-        return f"load failed: {Path(host_runtime.MODEL).name}: {exc.strerror}"
+        return f"{LOAD_FAILED}{MODEL_FILE}: {exc.strerror}"
     except oip.BadRequest as exc:
-        return f"load failed: warmup: {exc}"
-    return "killed: out of memory" if wanted_bytes > spec.memory_bytes else ""
+        return f"{LOAD_FAILED}warmup: {exc}"
+    return OUT_OF_MEMORY if wanted_bytes > spec.memory_bytes else ""
 
 
 class FakeSandbox:
@@ -71,7 +83,7 @@ class FakeSandbox:
     def __init__(self, spec: SandboxSpec) -> None:
         self.spec = spec
         self.running = True
-        self.exit_reason = ""
+        self.ending: Ending | None = None
         self.log: list[str] = []
         self.calls = 0
         self._server: asyncio.Server | None = None
@@ -83,26 +95,51 @@ class FakeSandbox:
         self._loading = asyncio.create_task(self._load(delay_s), name=f"fake.load.{self.spec.name}")
 
     async def _load(self, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        failure = _load_failure(self.spec)
-        if failure:
-            self.end(failure)
-            return
-        path = self.spec.socket_dir / host_runtime.SOCKET_NAME
-        staging = path.with_name(f"{path.name}.new")
         try:
-            self._server = await asyncio.start_unix_server(self._serve, str(staging))
-            staging.rename(path)  # whoever sees the path can connect
+            await asyncio.sleep(delay_s)
+            if "--model" in self.spec.argv:
+                warmup = msgspec.json.decode(self.spec.argv[self.spec.argv.index("--warmup") + 1], type=list[WarmupTensor])
+            else:
+                warmup = await self._told()
+            failure = _load_failure(self.spec, warmup)
+            if failure:
+                self.end(failure)
+                return
+            self._server = await self._listening(SOCKET_NAME, self._serve)
         except OSError as exc:
-            self.end(f"load failed: {exc.strerror or exc}")
+            self.end(f"{LOAD_FAILED}{exc.strerror or exc}")
             return
         self.log.append("listening")
+
+    async def _listening(self, name: str, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> asyncio.Server:
+        path = self.spec.socket_dir / name
+        staging = path.with_name(f"{name}.new")
+        server = await asyncio.start_unix_server(serve, str(staging))
+        staging.rename(path)  # whoever sees the path can connect
+        return server
+
+    async def _told(self) -> list[WarmupTensor]:
+        """Wait at the control socket until it is said what to load."""
+        told: asyncio.Future[ipc.Load] = asyncio.get_running_loop().create_future()
+
+        async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, codec.Malformed), contextlib.closing(writer):
+                header_bytes, _ = ipc.parse_prefix(await reader.readexactly(ipc.PREFIX.size))
+                load = ipc.parse_header(await reader.readexactly(header_bytes), ipc.Load)
+                if not told.done():
+                    told.set_result(load)
+
+        async with await self._listening(CONTROL_NAME, hear):
+            load = await told
+        (self.spec.socket_dir / CONTROL_NAME).unlink(missing_ok=True)
+        return load.warmup
 
     def end(self, reason: str) -> None:
         """Stop at once, as a killed process would: connections break, the socket's file stays behind."""
         if not self.running:
             return
-        self.running, self.exit_reason = False, reason
+        self.running = False
+        self.ending = Ending(137, oom_killed=True) if reason == OUT_OF_MEMORY else Ending(lines=[reason])
         self.log.append(reason)
         if self._loading is not None and self._loading is not asyncio.current_task():
             self._loading.cancel()
@@ -161,6 +198,7 @@ class FakeDriver:
 
     def __init__(self, world: FakeWorld, *, rung: Rung = "process") -> None:
         self.rung = rung
+        self.limits = "none"
         self._world = world
 
     def _follow_script(self, method: str) -> None:
@@ -177,10 +215,8 @@ class FakeDriver:
         earlier = self._world.sandboxes.get(spec.name)
         if earlier is not None and earlier.running:
             return
-        try:
-            host_runtime.make_socket_dir(spec.socket_dir, owner_uid=os.geteuid())
-        except OSError as exc:
-            raise DriverFailed(f"{spec.socket_dir}: {exc.strerror}") from exc
+        if not spec.socket_dir.is_dir():
+            raise DriverFailed(f"{spec.socket_dir}: no such directory")
         sandbox = self._world.sandboxes[spec.name] = FakeSandbox(spec)
         sandbox.begin(self._world.start_delay_s)
 
@@ -194,10 +230,7 @@ class FakeDriver:
     async def sandboxes(self) -> list[Sandbox]:
         """See Driver."""
         self._follow_script("sandboxes")
-        return [
-            Sandbox(name, sandbox.spec.label, running=sandbox.running, exit_reason=sandbox.exit_reason)
-            for name, sandbox in sorted(self._world.sandboxes.items())
-        ]
+        return [Sandbox(name, sandbox.ending) for name, sandbox in sorted(self._world.sandboxes.items())]
 
     async def stats(self, name: str) -> Usage | None:
         """See Driver; the figures are made up, and grow with each call that was served."""
@@ -207,8 +240,11 @@ class FakeDriver:
             return None
         return Usage(memory_bytes=MEMORY_BYTES, cpu_seconds=0.01 * (1 + sandbox.calls))
 
-    async def logs(self, name: str, *, lines: int) -> list[str]:
-        """See Driver."""
+    async def logs(self, name: str, *, lines: int, after: str = "") -> LogLines:
+        """See Driver; a position is a number of lines."""
         self._follow_script("logs")
         sandbox = self._world.sandboxes.get(name)
-        return sandbox.log[-lines:] if sandbox is not None and lines > 0 else []
+        if sandbox is None or lines <= 0:
+            return LogLines([])
+        begin = int(after) if after.isdigit() else 0
+        return LogLines(sandbox.log[begin:][-lines:], str(len(sandbox.log)))

@@ -3,18 +3,13 @@
 No image is pulled or built: a sandbox runs the very interpreter, ONNX Runtime and code that the warden itself runs.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import msgspec
 
-from edge_agent.warden.ports import SandboxSpec
-
-MODEL = "/model/model.onnx"
-SOCKET_DIR = "/run/skerry"
-SOCKET_NAME = "worker.sock"
-TMP_MAX_BYTES = 64 * 1024 * 1024
+from edge_agent.warden.ports import MODEL_DIR, MODEL_FILE, SOCKET_DIR, SOCKET_NAME
+from skerry.wire.messages import WarmupTensor
 
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d")
 _OURS = Path(__file__).resolve().parents[3]
@@ -34,36 +29,29 @@ def system_mounts() -> list[str]:
     return [*system, *map(str, interpreter), *map(str, ours)]
 
 
-def _threads_of(spec: SandboxSpec) -> int:
-    return max(1, int(spec.cpus))
+def _threads(cpus: float) -> int:
+    return max(1, int(cpus))
 
 
-def worker_environment(spec: SandboxSpec) -> dict[str, str]:
+def worker_environment(cpus: float) -> dict[str, str]:
     """All that a worker's environment holds."""
     return {
         "PYTHONPATH": str(_OURS),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": str(_threads_of(spec)),
+        "OMP_NUM_THREADS": str(_threads(cpus)),
+        "ORT_DISABLE_TELEMETRY": "1",  # else ONNX Runtime keeps a database of events and a thread to send them
         "HOME": "/tmp",  # noqa: S108 - the sandbox's own
     }
 
 
-def worker_argv(spec: SandboxSpec) -> list[str]:
-    """The worker's command line, in the sandbox's own paths."""
+def worker_argv(cpus: float, *, interpreter: str = sys.executable) -> list[str]:
+    """The command of a worker that waits to be told its model."""
     return [
-        *(sys.executable, "-m", "edge_agent.worker", "--model", MODEL),
-        *("--socket", f"{SOCKET_DIR}/{SOCKET_NAME}", "--threads", str(_threads_of(spec))),
-        *("--warmup", msgspec.json.encode(spec.warmup).decode()),
+        *(interpreter, "-m", "edge_agent.worker", "--threads", str(_threads(cpus))),
+        *("--socket", f"{SOCKET_DIR}/{SOCKET_NAME}"),
     ]
 
 
-def make_socket_dir(folder: Path, *, owner_uid: int) -> None:
-    """The shared directory, empty of an earlier worker's sockets, owned by whom the worker will be. Raises OSError.
-
-    The owner is set even where the folder exists: another driver may have made it for another user.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in (SOCKET_NAME, f"{SOCKET_NAME}.new"):
-        (folder / left_over).unlink(missing_ok=True)
-    if folder.stat().st_uid != owner_uid:
-        os.chown(folder, owner_uid, -1)  # the group stays: it is how a gateway of another user gets in
+def with_model(argv: list[str], warmup: list[WarmupTensor]) -> list[str]:
+    """The same for a worker that loads the model in its model directory at once."""
+    return [*argv, "--model", f"{MODEL_DIR}/{MODEL_FILE}", "--warmup", msgspec.json.encode(warmup).decode()]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from skerry.wire.box import LocalReplica, Route, RouteTable
-from skerry.wire.messages import Desired, ModelRef, Phase, ReplicaReport, ReplicaSpec, Reported, Rung
+from skerry.wire.messages import Desired, ModelRef, Phase, ReplicaReport, ReplicaSpec, Reported, RouteSpec, Rung
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True):
@@ -19,6 +19,10 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     provider: str = ""
     socket: str = ""
     restarts: int = 0
+    sandbox: str = ""
+    limits: str = ""
+    is_crash_loop: bool = False
+    is_warm: bool = False
 
 
 def report_of(desired: Desired | None, known: Mapping[str, ReplicaStatus], waiting: Mapping[str, str], refused: str) -> Reported:
@@ -50,28 +54,47 @@ def _report_of(status: ReplicaStatus) -> ReplicaReport:
         driver=status.driver,
         rung=status.rung,
         restarts=status.restarts,
+        sandbox=status.sandbox,
+        limits=status.limits,
+        is_crash_loop=status.is_crash_loop,
+        is_warm=status.is_warm,
     )
+
+
+def _serving(route: RouteSpec, ready: Iterable[ReplicaStatus]) -> tuple[int, list[LocalReplica]]:
+    """The version that this box serves now, and with what: the wanted one, or while none of that is ready the newest of the others.
+
+    Two versions never serve one route at a time: their answers may differ.
+    """
+    by_version: dict[tuple[str, int], list[ReplicaStatus]] = {}
+    for status in ready:
+        by_version.setdefault((status.spec.model.name, status.spec.model.version), []).append(status)
+    wanted = (route.model, route.version)
+    others = [key for key in by_version if key[0] == route.model]
+    served = wanted if wanted in by_version or not others else max(others, key=lambda key: (by_version[key][0].spec.generation, key))
+    replicas = [LocalReplica(status.spec.name, status.socket, max(1, int(status.spec.cpus))) for status in by_version.get(served, [])]
+    return served[1], sorted(replicas, key=lambda replica: (replica.name, replica.socket))
 
 
 def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus]) -> RouteTable:
     """The gateway's table: every route of the document, with the replicas that are ready for it."""
     if desired is None:
         return RouteTable()
-    ready: dict[str, list[LocalReplica]] = {}
+    ready: dict[str, list[ReplicaStatus]] = {}
     for status in known:
         if status.phase == "ready" and status.socket:
-            replica = LocalReplica(status.spec.name, status.socket, max(1, int(status.spec.cpus)))
-            ready.setdefault(status.spec.deployment, []).append(replica)
+            ready.setdefault(status.spec.deployment, []).append(status)
+    serving = {route.deployment: _serving(route, ready.get(route.deployment, [])) for route in desired.routes}
     return RouteTable(
         generation=desired.generation,
         routes=[
             Route(
                 deployment=route.deployment,
                 model=route.model,
-                version=route.version,
+                version=serving[route.deployment][0],
                 deadline_ms=route.deadline_ms,
                 split=route.split,
-                replicas=sorted(ready.get(route.deployment, []), key=lambda replica: replica.name),
+                replicas=serving[route.deployment][1],
                 upstreams=route.upstreams,
             )
             for route in desired.routes

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from skerry.runtime import unix_socket
 from skerry.wire import codec, ipc, oip
 
 HELLO_TIMEOUT_S = 10.0
@@ -42,7 +43,8 @@ class WorkerConnection(asyncio.BufferedProtocol):
         connection: WorkerConnection | None = None
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                _, connection = await loop.create_unix_connection(cls, str(path))
+                with unix_socket.pinned(path) as socket_path:
+                    _, connection = await loop.create_unix_connection(cls, socket_path)
                 return connection, await connection._hello
         except (OSError, TimeoutError) as exc:
             raise ReplicaLost(f"{path.parent.name}: {exc or type(exc).__name__}") from exc

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_agent.core.diff import Limits
+from edge_agent.core.admission import Limits
 from edge_agent.warden.config import Config
 from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
 from edge_agent.warden.drivers.docker import DockerDriver
@@ -15,16 +15,19 @@ from edge_agent.warden.journal import Journal
 from edge_agent.warden.listener import Listener
 from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
+from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
 from edge_agent.warden.verify import Refused, judge
 from skerry.runtime import lifecycle, log, nvml, sdnotify, settings
 from skerry.wire import signing
-from skerry.wire.messages import Desired
+from skerry.wire.messages import RUNGS, Desired, Rung
 
 logger = log.get("warden")
 
 STALLED_AFTER_S = 60.0
 """A reconcile loop that has not looked for this long is not fed to the watchdog."""
+MOST_REASON = 300
+"""Characters of why a rung is not offered that are passed on."""
 DRIVERS = ("docker", "gvisor", "bubblewrap")
 
 
@@ -34,7 +37,7 @@ def make_driver(name: str, config: Config) -> Driver:
     owner = f"{config.fleet}-{config.node}-{hashlib.sha256(str(config.state_dir.resolve()).encode()).hexdigest()[:8]}"
     match name:
         case "bubblewrap":
-            return BubblewrapDriver(config.state_dir / "bubblewrap")
+            return BubblewrapDriver(config.state_dir / "bubblewrap", owner=owner)
         case "docker":
             return DockerDriver(config.state_dir / "docker", socket=config.docker_socket, owner=owner)
         case "gvisor":
@@ -43,17 +46,18 @@ def make_driver(name: str, config: Config) -> Driver:
             raise settings.SettingsError(f"drivers: {name!r} is not one of {', '.join(DRIVERS)}")
 
 
-async def working_drivers(config: Config) -> list[Driver]:
-    """The drivers that can run a sandbox here, found by trying."""
-    working = []
-    for name in config.drivers:
-        driver = make_driver(name, config)
-        reason = await driver.probe()
+async def working_drivers(config: Config) -> tuple[list[Driver], dict[Rung, str]]:
+    """The drivers that can run a sandbox here, found by trying each, and why the other rungs are not offered."""
+    drivers = [make_driver(name, config) for name in config.drivers]
+    reasons = await asyncio.gather(*(driver.probe() for driver in drivers))
+    working = [driver for driver, reason in zip(drivers, reasons, strict=True) if not reason]
+    absent: dict[Rung, str] = {rung: f"drivers: no driver of this rung is among {', '.join(config.drivers)}" for rung in RUNGS}
+    absent["microvm"] = "this version has no driver for micro virtual machines"
+    for driver, reason in zip(drivers, reasons, strict=True):
         if reason:
-            logger.info("driver.absent", driver=name, reason=reason)
-        else:
-            working.append(driver)
-    return working
+            logger.info("driver.absent", driver=driver.name, reason=reason)
+            absent[driver.rung] = reason[:MOST_REASON]
+    return working, {rung: reason for rung, reason in absent.items() if rung not in {driver.rung for driver in working}}
 
 
 def limits_of(config: Config) -> Limits:
@@ -62,8 +66,8 @@ def limits_of(config: Config) -> Limits:
     if not memory_bytes:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         memory_bytes = int(fields["MemTotal"].split()[0]) * 1024 * 4 // 5
-    gpu_memory_bytes = config.gpu_memory_bytes or sum(gpu.memory_mib for gpu in nvml.gpus()) * 2**20
-    return Limits(memory_bytes=memory_bytes, gpu_memory_bytes=gpu_memory_bytes)
+    most_bytes = config.gpu_memory_bytes or 2**63
+    return Limits(memory_bytes, {gpu.uuid: min(most_bytes, gpu.memory_mib * 2**20) for gpu in nvml.gpus()})
 
 
 def trusted_keys(path: Path) -> list[Ed25519PublicKey]:
@@ -91,10 +95,19 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     except Refused as exc:
         journal.add("desired.damaged", "", f"the document on disk is not used: {exc}", at_ms=time.time_ns() // 1_000_000)
         store.set_aside_desired()
-    drivers = await working_drivers(config)
+    drivers, absent = await working_drivers(config)
     if not drivers:
         journal.add("driver.none", "", f"none of {', '.join(config.drivers)} works on this box", at_ms=time.time_ns() // 1_000_000)
-    reconciler = Reconciler(config, drivers=drivers, store=store, journal=journal, limits=limits_of(config), desired=desired)
+    reconciler = Reconciler(
+        config,
+        drivers=drivers,
+        absent=absent,
+        store=store,
+        slots=Slots(config.state_dir / "sandboxes", uid_first=config.uid_first),
+        journal=journal,
+        limits=limits_of(config),
+        desired=desired,
+    )
 
     async def apply(envelope: bytes) -> None:
         try:

@@ -7,12 +7,9 @@ import msgspec
 
 from skerry.wire.messages import Rung, Server
 
-
 MODEL_DIR, MODEL_FILE = "/model", "model.onnx"
 SOCKET_DIR, SOCKET_NAME, CONTROL_NAME = "/run/skerry", "worker.sock", "control.sock"
 """Where a sandbox finds its model and its sockets, and what those are called on both sides."""
-SOCKET_PATH_MAX_BYTES = 107
-"""unix(7)."""
 LAST_LINES = 20
 """How much of what a sandbox wrote is kept with its ending."""
 LOAD_FAILED = "load failed: "

@@ -6,6 +6,7 @@
 import argparse
 import asyncio
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,10 +20,11 @@ GRACE_S = 1.0
 async def purge(config: Config) -> int:
     """End them; returns how many there were."""
     count = 0
-    for driver in await working_drivers(config):
+    for driver in (await working_drivers(config))[0]:
         for sandbox in await driver.sandboxes():
             await driver.stop(sandbox.name, grace_s=GRACE_S)
             count += 1
+    shutil.rmtree(config.state_dir / "sandboxes", ignore_errors=True)
     return count
 
 

@@ -57,7 +57,7 @@ def landlock_version() -> int:
 
 
 def _landlock(rules: list[tuple[str, int]]) -> int:
-    """Allow this thread, and those that it starts, what ``rules`` (path, accesses) name and nothing else. Returns the version, 0 for none."""
+    """Allow this thread, and those that it starts, what ``rules`` (path, accesses) name and nothing else. Returns the version."""
     version = landlock_version()
     if version == 0:
         return 0

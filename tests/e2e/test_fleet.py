@@ -330,7 +330,8 @@ def test_killing_the_gateway_costs_only_the_time_to_start_it(world):
 
 def kill_worker(world: World, box: str) -> None:
     """``kill -9`` of the sandbox's first process."""
-    handle = json.loads((world.box(box).folder / "warden" / "bubblewrap" / "scale-0" / "handle.json").read_text())
+    (found,) = (world.box(box).folder / "warden" / "bubblewrap").glob("scale-0-*/handle.json")
+    handle = json.loads(found.read_text())
     subprocess.run(["kill", "-9", str(handle["pid"])], check=True)
 
 

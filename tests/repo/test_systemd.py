@@ -202,7 +202,7 @@ def test_users_and_folders_are_made_as_described(tmp_path):
         timeout=30,
         capture_output=True,
     )
-    for meeting_place in ("run/skerry/warden", "run/skerry/gateway", "var/lib/skerry/agent/incoming", "var/lib/skerry/warden/sockets"):
+    for meeting_place in ("run/skerry/warden", "run/skerry/gateway", "var/lib/skerry/agent/incoming", "var/lib/skerry/warden/sandboxes"):
         assert (tmp_path / meeting_place).stat().st_mode & 0o7777 == 0o2750
 
 

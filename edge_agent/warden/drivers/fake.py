@@ -1,7 +1,8 @@
 """A scriptable driver that ships: no process, no isolation, the same promises. For tests of whatever talks to a warden or a worker.
 
 Its sandboxes really listen on their sockets, in this process, and speak ``skerry.wire.ipc``: a model of ``y = 2 x`` for ``x`` of
-FP32 [-1, 3], loaded at once or when the control socket is told to. They live in a FakeWorld, which outlives a driver as a box's processes outlive a warden, and ends with its event loop.
+FP32 [-1, 3], loaded at once or when the control socket is told to. They live in a
+FakeWorld, which outlives a driver as a box's processes outlive a warden, and ends with its event loop.
 """
 
 import asyncio

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.warden.ports import SOCKET_DIR, SOCKET_NAME, SOCKET_PATH_MAX_BYTES, Driver, DriverFailed, SandboxSpec
+from edge_agent.warden.ports import SOCKET_DIR, SOCKET_NAME, Driver, DriverFailed, SandboxSpec
+from skerry.runtime import unix_socket
 
 TIMEOUT_S = 20.0
 MEMORY_BYTES = 256 * 1024 * 1024
@@ -84,8 +85,6 @@ async def tried(driver: Driver, folder: Path) -> str:
         cpus=1.0,
         uid=65534,
     )
-    if len(os.fsencode(spec.socket_dir / SOCKET_NAME)) > SOCKET_PATH_MAX_BYTES:
-        return f"{spec.socket_dir / SOCKET_NAME}: longer than {SOCKET_PATH_MAX_BYTES} bytes, which a Unix socket's path may not be"
     try:
         for part in (spec.model_dir, spec.socket_dir):
             part.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,8 @@ async def _answer(driver: Driver, spec: SandboxSpec) -> str:
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, TimeoutError, msgspec.DecodeError):
-            reader, writer = await asyncio.wait_for(asyncio.open_unix_connection(str(spec.socket_dir / SOCKET_NAME)), 1.0)
+            with unix_socket.pinned(spec.socket_dir / SOCKET_NAME) as socket:
+                reader, writer = await asyncio.wait_for(asyncio.open_unix_connection(socket), 1.0)
             try:
                 line = await asyncio.wait_for(reader.read(ANSWER_MAX_BYTES), TIMEOUT_S)
             finally:

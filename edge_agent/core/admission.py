@@ -105,8 +105,6 @@ def _needs(needed_bytes: int, what: str, left_bytes: int) -> str:
 
 def give_back(spec: ReplicaSpec, left: Free, warm: Mapping[str, Holding]) -> list[str]:
     """Which warm sandboxes must stop so that ``spec`` fits: few of them, the largest first; none where it fits or never would."""
-    if isinstance(place(spec, left), Grant):
-        return []
     chosen: list[str] = []
     for name in sorted(warm, key=lambda name: (-warm[name].memory_bytes, -warm[name].gpu_memory_bytes, name)):
         chosen.append(name)
@@ -115,7 +113,7 @@ def give_back(spec: ReplicaSpec, left: Free, warm: Mapping[str, Holding]) -> lis
             break
     else:
         return []
-    for name in list(chosen):  # a large one may hold memory where none is short
+    for name in list(chosen):  # all of them where it fits anyway; one that holds memory where none is short
         if isinstance(place(spec, left.less(warm[name])), Grant):
             left = left.less(warm[name])
             chosen.remove(name)

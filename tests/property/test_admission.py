@@ -1,6 +1,8 @@
 """Memory is never granted twice, the fullest GPU that has room is taken, and a refusal says what is short."""
 
-from hypothesis import given
+from itertools import combinations
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.core.admission import Free, Grant, Holding, Limits, Refusal, free, give_back, holding_of, place
@@ -68,10 +70,26 @@ def test_holdings_taken_and_given_back_again_and_again_leave_what_was_free(limit
     assert left == start
 
 
-@given(
-    specs, limits_, st.dictionaries(st.sampled_from("uvwxy"), st.builds(Holding, sizes, st.sampled_from(["", *UUIDS]), st.integers(0, 4)))
-)
-def test_what_is_given_back_makes_it_fit_and_nothing_is_given_back_in_vain(spec, limits, warm):
+@given(limits_, st.builds(Holding, sizes, st.sampled_from(UUIDS), sizes))
+def test_what_is_left_has_room_for_what_fits_on_its_gpu(limits, held):
+    on_gpu = limits.gpus.get(held.gpu, -1) >= held.gpu_memory_bytes
+    assert free(limits, []).has(held) == (limits.memory_bytes >= held.memory_bytes and (on_gpu or held.gpu_memory_bytes == 0))
+
+
+@st.composite
+def warm_boxes(draw):
+    """Boxes that are nearly full of warm sandboxes."""
+    warm = draw(st.dictionaries(st.sampled_from("uvwxy"), st.builds(Holding, st.integers(0, 5), st.sampled_from(UUIDS), st.integers(0, 4))))
+    gpus = {
+        uuid: sum(h.gpu_memory_bytes for h in warm.values() if h.gpu == uuid) + draw(st.integers(0, 2)) for uuid in UUIDS[: draw(sizes)]
+    }
+    return Limits(sum(h.memory_bytes for h in warm.values()) + draw(st.integers(0, 2)), gpus), warm
+
+
+@given(specs, warm_boxes())
+@settings(max_examples=500, deadline=None)
+def test_what_is_given_back_makes_it_fit_and_nothing_is_given_back_in_vain(spec, box):
+    limits, warm = box
     left = free(limits, warm.values())
     given_back = give_back(spec, left, warm)
 
@@ -82,6 +100,8 @@ def test_what_is_given_back_makes_it_fit_and_nothing_is_given_back_in_vain(spec,
         assert not fits_without([])
         assert fits_without(given_back)
         assert not any(fits_without([name for name in given_back if name != spared]) for spared in given_back)
+        if spec.gpu_memory_bytes == 0:
+            assert not any(fits_without(fewer) for fewer in combinations(warm, len(given_back) - 1))
     else:
         assert fits_without([]) or not fits_without(warm)
     assert give_back(spec, left, dict(reversed(warm.items()))) == given_back

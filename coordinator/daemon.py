@@ -9,6 +9,7 @@ from coordinator.api.answers import json_answer, problems
 from coordinator.api.calls import CALLS, Calls
 from coordinator.api.openapi import document
 from coordinator.ca.signer import KeyUnusable, Signer
+from coordinator.commands import Commands
 from coordinator.config import Config
 from coordinator.console import pages
 from coordinator.housekeeping import Housekeeping
@@ -23,7 +24,7 @@ from coordinator.registry.migrations import TooNew
 from coordinator.session import FleetSession, Message
 from coordinator.views import Views
 from skerry.runtime import lifecycle, log, sdnotify, settings
-from skerry.wire.messages import Ack
+from skerry.wire.messages import Ack, LogsRequest
 
 logger = log.get("coordinator")
 
@@ -50,7 +51,11 @@ async def _serve(config: Config, signer: Signer, database: Database, stop: async
     async def ack(node: str, word: Ack) -> None:
         await publisher.ack(config.fleet, node, word)
 
-    session = FleetSession(config.broker, config.fleet, queue=queue, on_connected=on_connected)
+    async def ask_logs(node: str, correlation: bytes, request: LogsRequest) -> None:
+        await publisher.ask_logs(config.fleet, node, correlation, request)
+
+    commands = Commands(ask_logs)
+    session = FleetSession(config.broker, config.fleet, queue=queue, on_connected=on_connected, on_reply=commands.answered)
     publisher = Publisher(session, signer, database)
     plan_loop = PlanLoop(database, publisher, news, fleet=config.fleet)
     ingest = Ingest(database, live=live, news=news, ack=ack, replan=plan_loop.wake, rollup_s=config.rollup_s)
@@ -71,6 +76,7 @@ async def _serve(config: Config, signer: Signer, database: Database, stop: async
         news=news,
         access=access,
         replan=plan_loop.wake,
+        commands=commands,
         is_connected=lambda: session.is_connected,
         public_url=config.public_url,
     )

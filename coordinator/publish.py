@@ -1,4 +1,4 @@
-"""What boxes are told: whole signed documents, retained, and the word that their events are safe."""
+"""What boxes are told and asked: whole signed documents, retained; the word that their events are safe; commands."""
 
 from coordinator.ca.signer import Signer
 from coordinator.registry import nodes
@@ -6,11 +6,13 @@ from coordinator.registry.database import Database
 from coordinator.session import FleetSession
 from skerry.runtime import log
 from skerry.wire import codec, topics
-from skerry.wire.messages import Ack, Desired
+from skerry.wire.messages import Ack, Desired, LogsRequest
 
 logger = log.get("coordinator.publish")
 
 ACK_EXPIRY_S = 60
+COMMAND_EXPIRY_S = 30
+"""Somebody waits for the answer: a box that comes back later need not hear of it."""
 
 
 class Publisher:
@@ -37,3 +39,14 @@ class Publisher:
     async def ack(self, fleet: str, node: str, ack: Ack) -> None:
         """Tell a box that its events are in the registry. Raises NotConnected."""
         await self._session.publish(topics.command(fleet, node, "ack"), codec.encode(ack), retain=False, expiry_s=ACK_EXPIRY_S)
+
+    async def ask_logs(self, fleet: str, node: str, correlation: bytes, request: LogsRequest) -> None:
+        """Ask a box what a replica's sandbox wrote. Raises NotConnected."""
+        await self._session.publish(
+            topics.command(fleet, node, "logs"),
+            codec.encode(request),
+            retain=False,
+            expiry_s=COMMAND_EXPIRY_S,
+            response_topic=topics.up(fleet, node, "reply"),
+            correlation=correlation,
+        )

@@ -20,13 +20,22 @@ class NotConnected(Exception):
 
 
 class FleetSession:
-    """Stays connected; ``on_connected`` runs after each connect."""
+    """Stays connected; ``on_connected`` runs after each connect, ``on_reply`` gets a node's answer with its correlation data at once."""
 
-    def __init__(self, broker: Broker, fleet: str, *, queue: "asyncio.Queue[Message]", on_connected: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        fleet: str,
+        *,
+        queue: "asyncio.Queue[Message]",
+        on_connected: Callable[[], Awaitable[None]],
+        on_reply: Callable[[str, bytes, bytes], None],
+    ) -> None:
         self._broker = broker
         self._fleet = fleet
         self._queue = queue
         self._on_connected = on_connected
+        self._on_reply = on_reply
         self._client: aiomqtt.Client | None = None
 
     @property
@@ -34,12 +43,15 @@ class FleetSession:
         """Whether the broker answered and has not been lost since."""
         return self._client is not None
 
-    async def publish(self, topic: str, payload: bytes, *, retain: bool, expiry_s: int | None = None) -> None:
-        """Say something at QoS 1. Raises NotConnected."""
+    async def publish(
+        self, topic: str, payload: bytes, *, retain: bool, expiry_s: int | None = None, response_topic: str = "", correlation: bytes = b""
+    ) -> None:
+        """Say something at QoS 1, and where it is to be answered. Raises NotConnected."""
         if self._client is None:
             raise NotConnected("the broker is not there")
+        properties = mqtt.stamped(expiry_s=expiry_s, response_topic=response_topic, correlation=correlation)
         try:
-            await self._client.publish(topic, payload, qos=1, retain=retain, properties=mqtt.stamped(expiry_s=expiry_s))
+            await self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
         except aiomqtt.MqttError as exc:
             raise NotConnected(str(exc)) from exc
 
@@ -93,5 +105,9 @@ class FleetSession:
     async def _listen(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
             topic = topics.parse(str(message.topic))
-            if topic is not None and isinstance(message.payload, bytes | bytearray):
+            if topic is None or not isinstance(message.payload, bytes | bytearray):
+                continue
+            if topic.branch == "reply":  # somebody waits for it: not behind what the registry must take first
+                self._on_reply(topic.node, mqtt.correlation_of(message), bytes(message.payload))
+            else:
                 await self._queue.put((topic, bytes(message.payload)))

@@ -86,6 +86,7 @@ class SimulatedBox:
             outbox=self.outbox,
             birth=self._birth,
             on_desired=self._on_desired,
+            on_command=lambda *_: None,
         )
 
     @property

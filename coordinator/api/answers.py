@@ -4,10 +4,12 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from coordinator.commands import NoAnswer, TooMany
 from coordinator.core.deployment import DeploymentError
 from coordinator.model_store import NotTaken
 from coordinator.registry.database import RegistryFailed
 from coordinator.registry.models import Exists
+from coordinator.session import NotConnected
 from skerry.runtime import log
 from skerry.wire import codec
 from skerry.wire.api import Problem, ProblemBody
@@ -36,6 +38,17 @@ def refuse(status: int, code: str, message: str, *, field: str = "", hint: str =
     return Refused(status, Problem(code, message, field=field, hint=hint))
 
 
+def _unanswered(exc: TooMany | NotConnected | NoAnswer) -> tuple[int, Problem]:
+    """What should have come from a box and did not."""
+    match exc:
+        case TooMany():
+            return 503, Problem("too_many_commands", str(exc), hint="try again in a second")
+        case NotConnected():
+            return 503, Problem("broker_absent", f"boxes can't be asked now: {exc}", hint="see 'skerry status'")
+        case NoAnswer():
+            return 504, Problem("no_answer", str(exc), hint="is it still connected? See 'skerry node list'")
+
+
 def _problem_of(exc: Exception) -> tuple[int, Problem]:
     match exc:
         case Refused():
@@ -48,6 +61,8 @@ def _problem_of(exc: Exception) -> tuple[int, Problem]:
             return 409, Problem("version_exists", str(exc))
         case RegistryFailed():
             return 503, Problem("registry_unavailable", str(exc), hint="nothing was changed; try again once the disk has room")
+        case TooMany() | NotConnected() | NoAnswer():
+            return _unanswered(exc)
         case web.HTTPRequestEntityTooLarge():
             return 413, Problem("too_large", "the body is larger than this call takes")
         case web.HTTPNotFound():

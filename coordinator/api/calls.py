@@ -12,26 +12,28 @@ from sqlite_utils import Database as Tables
 
 from coordinator.api.access import LINK_S, Access, Role
 from coordinator.api.answers import json_answer, refuse
+from coordinator.commands import Commands
 from coordinator.core import deployment as deployment_file
 from coordinator.model_store import ModelStore
 from coordinator.news import News
-from coordinator.registry import deployments, events, models
+from coordinator.registry import deployments, events, models, nodes
 from coordinator.registry.database import Database
 from coordinator.views import Views
-from skerry.wire import codec, topics
+from skerry.wire import codec, logs, topics
 from skerry.wire.api import (
     Accepted,
     DeploymentView,
     EventView,
     LoadView,
     LoginLink,
+    LogsView,
     ModelView,
     NodeView,
     Pushed,
     SplitView,
     StatusView,
 )
-from skerry.wire.messages import ModelRef, WarmupTensor
+from skerry.wire.messages import LogsRequest, ModelRef, WarmupTensor
 
 CHUNK_BYTES = 1 << 20
 STREAM_IDLE_S = 15.0
@@ -57,6 +59,10 @@ CALLS = [
     Call("GET", "/v1/nodes", "list_nodes", "Every box", list[NodeView]),
     Call("GET", "/v1/nodes/{id}", "show_node", "One box", NodeView),
     Call("GET", "/v1/nodes/{id}/load", "show_load", "A box's load over time", LoadView, query={"minutes": "1 to 2880, default 15"}),
+    Call(
+        "GET", "/v1/nodes/{id}/replicas/{replica}/logs", "read_logs", "What a replica's sandbox wrote, asked of its box now", LogsView,
+        query={"lines": "of the newest, 1 to 2000, default 100", "after": "a position: only what came since"},
+    ),
     Call("GET", "/v1/models", "list_models", "Every model version", list[ModelView]),
     Call(
         "PUT", "/v1/models/{name}/versions/{version}", "push_model", "Push a model version", Pushed, 201, body="application/octet-stream",
@@ -95,6 +101,7 @@ class Calls:
         news: News,
         access: Access,
         replan: Callable[[], None],
+        commands: Commands,
         is_connected: Callable[[], bool],
         public_url: str,
     ) -> None:
@@ -104,6 +111,7 @@ class Calls:
         self._news = news
         self._access = access
         self._replan = replan
+        self._commands = commands
         self._is_connected = is_connected
         self._public_url = public_url.rstrip("/")
 
@@ -139,6 +147,31 @@ class Calls:
     async def show_load(self, request: web.Request) -> web.Response:
         """See CALLS."""
         return json_answer(await self._views.load(request.match_info["id"], minutes=_number(request, "minutes", 15, most=2880)))
+
+    async def read_logs(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name, replica, after = request.match_info["id"], request.match_info["replica"], request.query.get("after", "")
+        lines = _number(request, "lines", 100, most=logs.MAX_LINES)
+        if len(after) > logs.MAX_POSITION or not after.isprintable():
+            raise refuse(400, "invalid_query", "after: not a position of an earlier answer", field="after")
+        node = await self._database.read(lambda tables: nodes.read_node(tables, name))
+        if node is None:
+            raise _unknown("node", name, "skerry node list")
+        if len(replica) > logs.MAX_REPLICA or not replica.isprintable():
+            raise _unknown("replica", replica, f"skerry node show {name}")
+        if not node.online:
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(node.changed_at_ms / 1000))
+            raise refuse(503, "box_silent", f"box {name} is silent since {since}: its logs can't be asked for now", hint="try again later")
+        reply = await self._commands.read_logs(name, LogsRequest(replica, lines, after))
+        match reply.error:
+            case "":
+                return json_answer(LogsView(name, replica, reply.lines, reply.position))
+            case logs.UNKNOWN_REPLICA:
+                raise _unknown("replica", replica, f"skerry node show {name}")
+            case logs.BUSY:
+                raise refuse(503, "box_busy", f"box {name} is reading other logs", hint="try again in a second")
+            case reason:
+                raise refuse(502, "box_failed", f"box {name}: {reason}")
 
     async def list_models(self, _: web.Request) -> web.Response:
         """See CALLS."""

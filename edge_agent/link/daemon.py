@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 
 from edge_agent.link.artifacts import Artifacts
+from edge_agent.link.commands import Commands
 from edge_agent.link.config import Config
 from edge_agent.link.outbox import Outbox, OutboxFailed
 from edge_agent.link.session import Session
@@ -15,7 +16,7 @@ from edge_agent.link.warden import WardenLink
 from skerry import __version__
 from skerry.runtime import lifecycle, log, nvml, sdnotify, settings
 from skerry.wire.box import Entries, State
-from skerry.wire.messages import Birth, Gpu, Rung
+from skerry.wire.messages import Birth, Gpu, LogsReply, Rung
 
 logger = log.get("agent")
 
@@ -96,6 +97,11 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         return outbox.journal_position()
 
     warden = WardenLink(config.warden_socket, on_state=on_state, on_entries=on_entries, position=outbox.journal_position)
+
+    async def reply(correlation: bytes, message: LogsReply) -> None:
+        await session.reply(correlation, message)
+
+    commands = Commands(read_logs=warden.read_logs, reply=reply)
     session = Session(
         broker=config.broker,
         fleet=config.fleet,
@@ -105,6 +111,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         outbox=outbox,
         birth=inventory.birth,
         on_desired=warden.apply,
+        on_command=commands.hear,
     )
     telemetry = Telemetry(
         every_s=config.sample_every_s,
@@ -122,6 +129,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         tasks.create_task(warden.run(stop), name="agent.warden")
         tasks.create_task(artifacts.run(stop), name="agent.artifacts")
         tasks.create_task(telemetry.run(stop), name="agent.telemetry")
+        tasks.create_task(commands.run(stop), name="agent.commands")
         tasks.create_task(session.run(stop), name="agent.session")
         tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="agent.watchdog")
         sdnotify.notify("READY=1")

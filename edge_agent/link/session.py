@@ -29,13 +29,17 @@ REPLAY_PAUSE_S = 0.05
 """Between two messages of a backlog, so that it does not delay what is live."""
 REFRESH_S = 60.0
 """How often presence and report are said again although nothing changed: a lost one is made up for by the next."""
+MAX_CORRELATION_BYTES = 64
 STEADY_S = 5.0
 SUSPICIOUS_FLAPS = 3
 """Brokers throw the older of two clients with one id off without a word (mosquitto 2.0, rumqttd): it looks like this."""
 
 
 class Session:
-    """Keeps the box connected. ``birth`` gives the inventory for a session number; ``on_desired`` gets envelopes as they come."""
+    """Keeps the box connected. ``birth`` gives the inventory for a session number; ``on_desired`` gets envelopes as they come.
+
+    ``on_command`` gets the verb, the correlation data and the payload of a command that wants an answer. It must not wait.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class Session:
         outbox: Outbox,
         birth: Callable[[int], Birth],
         on_desired: Callable[[bytes], None],
+        on_command: Callable[[str, bytes, bytes], None],
     ) -> None:
         self._broker = broker
         self._fleet = fleet
@@ -57,6 +62,7 @@ class Session:
         self._outbox = outbox
         self._birth = birth
         self._on_desired = on_desired
+        self._on_command = on_command
         self._client: aiomqtt.Client | None = None
         self._reported: Reported | None = None
         self._news = asyncio.Event()
@@ -102,6 +108,15 @@ class Session:
                 pass  # the session's own loop notices and reports it
         self._outbox.add_sample(sample, sent_at_ms=sent_at_ms, totals=totals)
         self._outbox.forget_samples(sent_before_ms=time.time_ns() // 1_000_000 - 4000 * self._broker.keepalive_s)
+
+    async def reply(self, correlation: bytes, message: msgspec.Struct) -> None:
+        """Answer a command; where the link is down the answer is dropped, and who asked asks again."""
+        if self._client is None:
+            return
+        try:
+            await self._publish(self._client, "reply", message, correlation=correlation)
+        except aiomqtt.MqttError as exc:
+            logger.info("reply.dropped", reason=str(exc))
 
     def _metrics(self, samples: list[Sample]) -> MetricsBatch:
         return MetricsBatch(samples, self._outbox.lost()[1], oldest=self._outbox.oldest_sample() or samples[0].seq)
@@ -178,10 +193,17 @@ class Session:
             await asyncio.gather(stopping, *loops, return_exceptions=True)
 
     async def _publish(
-        self, client: aiomqtt.Client, branch: topics.UpBranch, message: msgspec.Struct, *, qos: int = 1, retain: bool = False
+        self,
+        client: aiomqtt.Client,
+        branch: topics.UpBranch,
+        message: msgspec.Struct,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        correlation: bytes = b"",
     ) -> None:
         topic = topics.up(self._fleet, self._node, branch)
-        await client.publish(topic, codec.encode(message), qos=qos, retain=retain, properties=mqtt.stamped())
+        await client.publish(topic, codec.encode(message), qos=qos, retain=retain, properties=mqtt.stamped(correlation=correlation))
 
     async def _listen(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
@@ -197,8 +219,16 @@ class Session:
                 self._birth_due.set()
             elif topic.branch == "command/ack":
                 self._confirm(bytes(payload))
-            else:
-                logger.info("command.unknown", topic=str(message.topic)[:200])
+            elif topic.branch.startswith("command/"):
+                self._hear_command(topic.branch.removeprefix("command/"), message, bytes(payload))
+
+    def _hear_command(self, verb: str, message: aiomqtt.Message, payload: bytes) -> None:
+        """Answers go to the box's own branch and nowhere else: whoever may send commands can't make the box publish elsewhere."""
+        response_topic, correlation = mqtt.response_topic_of(message), mqtt.correlation_of(message)
+        if response_topic != topics.up(self._fleet, self._node, "reply") or not 0 < len(correlation) <= MAX_CORRELATION_BYTES:
+            logger.warning("command.unanswerable", verb=verb, response_topic=response_topic[:200], correlation_bytes=len(correlation))
+            return
+        self._on_command(verb, correlation, payload)
 
     def _confirm(self, payload: bytes) -> None:
         try:

@@ -2,18 +2,27 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from skerry.runtime import backoff, lifecycle, log
 from skerry.wire import codec
-from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, FromWarden, State, Taken
+from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, FromWarden, LogsRead, ReadLogs, State, Taken
+from skerry.wire.logs import BUSY
+from skerry.wire.messages import LogsReply, LogsRequest
 
 logger = log.get("agent.warden")
 
+WARDEN_ABSENT = "the box's warden is not there now"
+
 RECONNECT_FIRST_S = 0.1
 RECONNECT_MOST_S = 5.0
+LOGS_TIMEOUT_S = 8.0
+"""More than the warden gives itself, less than the coordinator waits: each says in its own words what took too long."""
+MOST_ASKED = 16
+"""Questions to the warden that wait for an answer."""
 
 
 class WardenLink:
@@ -33,6 +42,8 @@ class WardenLink:
         self._position = position
         self._writer: asyncio.StreamWriter | None = None
         self._held_envelope: bytes | None = None
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[LogsReply]] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Connect again whenever the connection is lost, until ``stop`` is set."""
@@ -72,6 +83,9 @@ class WardenLink:
                 with contextlib.suppress(OSError):
                     await self._writer.wait_closed()
             self._writer = None
+            for answer in self._asked.values():
+                if not answer.done():
+                    answer.set_result(LogsReply(error=WARDEN_ABSENT))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
@@ -84,6 +98,10 @@ class WardenLink:
                     if reached is None:
                         raise ConnectionError("the outbox could not take what happened here; asked for again later")
                     self._say(Taken(*reached))
+                case LogsRead(call, reply):
+                    answer = self._asked.get(call)
+                    if answer is not None and not answer.done():  # else it came too late
+                        answer.set_result(reply)
 
     def _say(self, message: FromAgent) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -97,3 +115,19 @@ class WardenLink:
     def arrived(self, sha256: str, reason: str = "") -> None:
         """A model lies in the incoming folder, or ``reason`` why not."""
         self._say(Arrived(sha256, reason))
+
+    async def read_logs(self, request: LogsRequest) -> LogsReply:
+        """What a replica's sandbox wrote; where the warden can't say, ``error`` of the answer says why."""
+        if self._writer is None:
+            return LogsReply(error=WARDEN_ABSENT)
+        if len(self._asked) >= MOST_ASKED:
+            return LogsReply(error=BUSY)
+        call = next(self._numbers)
+        self._asked[call] = asyncio.get_running_loop().create_future()
+        try:
+            self._say(ReadLogs(call, request))
+            return await asyncio.wait_for(self._asked[call], LOGS_TIMEOUT_S)
+        except TimeoutError:
+            return LogsReply(error=f"the box's warden did not answer within {LOGS_TIMEOUT_S:.0f} s")
+        finally:
+            del self._asked[call]

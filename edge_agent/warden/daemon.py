@@ -126,6 +126,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         arrived=reconciler.arrived,
         entries_after=journal.after,
         forget=journal.forget,
+        read_logs=reconciler.read_logs,
         journal_id=journal.id,
     )
     announcing: set[asyncio.Task[None]] = set()

@@ -10,16 +10,25 @@ import msgspec
 
 from skerry.runtime import log
 from skerry.wire import codec
-from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, State, Taken
+from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, LogsRead, ReadLogs, State, Taken
+from skerry.wire.logs import BUSY, fitting
+from skerry.wire.messages import LogsReply, LogsRequest
 
 logger = log.get("warden.listener")
 
 MAX_CONNECTIONS = 8
 SEND_TIMEOUT_S = 10.0
+LOGS_TIMEOUT_S = 6.0
+"""Less than the agent waits for the answer."""
+MOST_READING = 4
+"""Logs that are read at a time, over all connections; the next gets ``busy``."""
 
 
 class Listener:
-    """Serves the socket; what is said is handed to ``apply``, ``arrived`` and the journal's two functions."""
+    """Serves the socket; what is said is handed to ``apply``, ``arrived``, ``read_logs`` and the journal's two functions.
+
+    ``read_logs`` says in its answer what went wrong; it is called beside what else is heard, which does not wait for it.
+    """
 
     def __init__(
         self,
@@ -30,6 +39,7 @@ class Listener:
         arrived: Callable[[str, str], Awaitable[None]],
         entries_after: Callable[[int], Entries],
         forget: Callable[[int], None],
+        read_logs: Callable[[LogsRequest], Awaitable[LogsReply]],
         journal_id: str,
     ) -> None:
         self._path = path
@@ -38,9 +48,11 @@ class Listener:
         self._arrived = arrived
         self._entries_after = entries_after
         self._forget = forget
+        self._read_logs = read_logs
         self._journal_id = journal_id
         self._news = asyncio.Condition()
         self._open = 0
+        self._reading: set[asyncio.Task[None]] = set()
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Listen until ``stop`` is set."""
@@ -53,6 +65,8 @@ class Listener:
         async with server:
             await stop.wait()
             await self.announce()
+        for task in self._reading:
+            task.cancel()
 
     async def announce(self) -> None:
         """Something changed: every connection looks again."""
@@ -68,7 +82,11 @@ class Listener:
         teller = asyncio.create_task(self._tell(writer, cursor), name="warden.tell")
         try:
             while line := await reader.readline():
-                await self._hear(codec.decode(line, FromAgent, max_bytes=MAX_LINE_BYTES), cursor)  # type: ignore[arg-type]  # a union is no type[T]
+                message: FromAgent = codec.decode(line, FromAgent, max_bytes=MAX_LINE_BYTES)  # type: ignore[arg-type]  # a union is no type[T]
+                if isinstance(message, ReadLogs):
+                    await self._start_reading(message, writer)
+                else:
+                    await self._hear(message, cursor)
         except (codec.Malformed, ValueError) as exc:  # ValueError: a line over the limit
             logger.warning("agent.malformed", reason=str(exc)[:300])
         except OSError:
@@ -80,7 +98,23 @@ class Listener:
                 await teller
             writer.close()
 
-    async def _hear(self, message: FromAgent, cursor: asyncio.Queue[int]) -> None:
+    async def _start_reading(self, message: ReadLogs, writer: asyncio.StreamWriter) -> None:
+        if len(self._reading) >= MOST_READING:
+            await self._send(writer, LogsRead(message.call, LogsReply(error=BUSY)))
+            return
+        task = asyncio.create_task(self._answer(message, writer), name="warden.read_logs")
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+
+    async def _answer(self, message: ReadLogs, writer: asyncio.StreamWriter) -> None:
+        try:
+            reply = await asyncio.wait_for(self._read_logs(message.request), LOGS_TIMEOUT_S)
+        except TimeoutError:
+            reply = LogsReply(error=f"the logs could not be read within {LOGS_TIMEOUT_S:.0f} s")
+        with contextlib.suppress(OSError):  # the agent went away meanwhile, or (TimeoutError) does not listen
+            await self._send(writer, LogsRead(message.call, fitting(reply)))
+
+    async def _hear(self, message: Apply | Arrived | Taken, cursor: asyncio.Queue[int]) -> None:
         match message:
             case Apply(envelope):
                 await self._apply(envelope)

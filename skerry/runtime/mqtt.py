@@ -62,10 +62,27 @@ async def connected(broker: Broker, identifier: str, *, last_will: aiomqtt.Will 
         yield client
 
 
-def stamped(*, expiry_s: int | None = None) -> Properties:
-    """Properties of a published message: the schema's version and, for a command, when it is stale."""
+def stamped(*, expiry_s: int | None = None, response_topic: str = "", correlation: bytes = b"") -> Properties:
+    """Properties of a published message: the schema's version; for a command, when it is stale, and where the answer is to go.
+
+    ``correlation`` names a request and comes back in its answer (MQTT 5, 4.10).
+    """
     properties = Properties(PacketTypes.PUBLISH)
     properties.UserProperty = ("schema", str(SCHEMA_VERSION))
     if expiry_s is not None:
         properties.MessageExpiryInterval = expiry_s
+    if response_topic:
+        properties.ResponseTopic = response_topic
+    if correlation:
+        properties.CorrelationData = correlation
     return properties
+
+
+def response_topic_of(message: aiomqtt.Message) -> str:
+    """Where the sender wants its answer; empty where it wants none."""
+    return str(getattr(message.properties, "ResponseTopic", ""))
+
+
+def correlation_of(message: aiomqtt.Message) -> bytes:
+    """What names the request that this message is, or answers; empty where nothing does."""
+    return bytes(getattr(message.properties, "CorrelationData", b""))

@@ -63,6 +63,15 @@ class NodeView(msgspec.Struct, frozen=True):
     streams: list[Stream] = []
 
 
+class LogsView(msgspec.Struct, frozen=True):
+    """What a replica's sandbox wrote, oldest line first; ask with ``after=position`` for what came since."""
+
+    node: str
+    replica: str
+    lines: list[str]
+    position: str
+
+
 class ServeView(msgspec.Struct, frozen=True):
     """A deployment's requests over the last ``window_s`` seconds; latencies in milliseconds."""
 

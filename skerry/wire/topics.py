@@ -10,7 +10,7 @@ import msgspec
 
 ROOT = "skerry/v1"
 
-UpBranch = Literal["presence", "birth", "reported", "metrics", "events"]
+UpBranch = Literal["presence", "birth", "reported", "metrics", "events", "reply"]
 Verb = Literal["ack", "logs", "drain", "restart", "snapshot"]
 UP_BRANCHES: tuple[UpBranch, ...] = get_args(UpBranch)
 VERBS: tuple[Verb, ...] = get_args(Verb)

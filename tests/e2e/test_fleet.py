@@ -360,13 +360,13 @@ def settle(world: World, before) -> None:
 
 
 def test_a_restarted_warden_adopts_what_runs(world):
-    folder = world.box("store-2").folder / "warden" / "bubblewrap" / "scale-0" / "handle.json"
-    before = json.loads(folder.read_text())["pid"]
+    (handle,) = (world.box("store-2").folder / "warden" / "bubblewrap").glob("scale-0-*/handle.json")
+    before = json.loads(handle.read_text())["pid"]
     world.do(world.fleet.kill("store-2.warden"))
     world.do(world.fleet.start_process("store-2.warden"))
     wait_until(lambda: any(e.kind == "replica.adopted" for e in world.events(node="store-2")), 20)
     wait_until(lambda: world.deployment("scale").ready == 4, 20)
-    assert json.loads(folder.read_text())["pid"] == before
+    assert json.loads(handle.read_text())["pid"] == before
 
 
 def test_deleting_a_deployment_drains_it_everywhere(world, scale_model):
@@ -374,7 +374,8 @@ def test_deleting_a_deployment_drains_it_everywhere(world, scale_model):
     world.wait_ready("passing")
     assert world.cli("deployment", "delete", "passing").returncode == 0
     wait_until(lambda: all(r.deployment != "passing" for n in world.nodes() for r in n.replicas), 20)
-    assert not (world.box("store-1").folder / "warden" / "bubblewrap" / "passing-0").exists()
+    assert not list((world.box("store-1").folder / "warden" / "bubblewrap").glob("passing-0-*"))
+    assert not list((world.box("store-1").folder / "warden" / "sandboxes").glob("passing-0-*"))
     assert post(infer_url(world, model="passing"), good())[0] == 404
 
 

@@ -91,9 +91,7 @@ class FleetSession:
                 for task in done - {tasks[0]}:
                     task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await lifecycle.end(*tasks)
 
     async def _greet(self) -> None:
         try:

@@ -188,9 +188,7 @@ class Session:
                 for task in done - {stopping}:
                     task.result()
         finally:
-            for task in (stopping, *loops):
-                task.cancel()
-            await asyncio.gather(stopping, *loops, return_exceptions=True)
+            await lifecycle.end(stopping, *loops)
 
     async def _publish(
         self,

@@ -126,7 +126,8 @@ class WardenLink:
         self._asked[call] = asyncio.get_running_loop().create_future()
         try:
             self._say(ReadLogs(call, request))
-            return await asyncio.wait_for(self._asked[call], LOGS_TIMEOUT_S)
+            async with asyncio.timeout(LOGS_TIMEOUT_S):
+                return await self._asked[call]
         except TimeoutError:
             return LogsReply(error=f"the box's warden did not answer within {LOGS_TIMEOUT_S:.0f} s")
         finally:

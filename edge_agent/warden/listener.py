@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from skerry.runtime import log
+from skerry.runtime import lifecycle, log
 from skerry.wire import codec
 from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, LogsRead, ReadLogs, State, Taken
 from skerry.wire.logs import BUSY, fitting
@@ -18,6 +18,7 @@ logger = log.get("warden.listener")
 
 MAX_CONNECTIONS = 8
 SEND_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 1.0
 LOGS_TIMEOUT_S = 6.0
 """Less than the agent waits for the answer."""
 MOST_READING = 4
@@ -51,7 +52,7 @@ class Listener:
         self._read_logs = read_logs
         self._journal_id = journal_id
         self._news = asyncio.Condition()
-        self._open = 0
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._reading: set[asyncio.Task[None]] = set()
 
     async def serve(self, stop: asyncio.Event) -> None:
@@ -59,25 +60,34 @@ class Listener:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         staging = self._path.with_name(f".{self._path.name}.new")
         staging.unlink(missing_ok=True)
-        server = await asyncio.start_unix_server(self._serve_one, path=str(staging), limit=MAX_LINE_BYTES)
+        server = await asyncio.start_unix_server(self._accept, path=str(staging), limit=MAX_LINE_BYTES)
         os.chmod(staging, 0o660)  # noqa: PTH101 - the group is the programs of this box
         staging.rename(self._path)  # whoever sees the path can connect
         async with server:
             await stop.wait()
-            await self.announce()
-        for task in self._reading:
-            task.cancel()
+        await lifecycle.end(*self._reading)
+        for writer in self._connections.values():
+            writer.close()  # whoever reads from it sees the end, and ends
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=CLOSE_TIMEOUT_S)
 
     async def announce(self) -> None:
         """Something changed: every connection looks again."""
         async with self._news:
             self._news.notify_all()
 
-    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._open >= MAX_CONNECTIONS:
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.current_task()
+        if connection is None or len(self._connections) >= MAX_CONNECTIONS:
             writer.close()
             return
-        self._open += 1
+        self._connections[connection] = writer
+        try:
+            await self._serve_one(reader, writer)
+        finally:
+            del self._connections[connection]
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         cursor: asyncio.Queue[int] = asyncio.Queue(maxsize=16)
         teller = asyncio.create_task(self._tell(writer, cursor), name="warden.tell")
         try:
@@ -92,10 +102,7 @@ class Listener:
         except OSError:
             pass  # the agent went away
         finally:
-            self._open -= 1
-            teller.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await teller
+            await lifecycle.end(teller)
             writer.close()
 
     async def _start_reading(self, message: ReadLogs, writer: asyncio.StreamWriter) -> None:
@@ -108,7 +115,8 @@ class Listener:
 
     async def _answer(self, message: ReadLogs, writer: asyncio.StreamWriter) -> None:
         try:
-            reply = await asyncio.wait_for(self._read_logs(message.request), LOGS_TIMEOUT_S)
+            async with asyncio.timeout(LOGS_TIMEOUT_S):
+                reply = await self._read_logs(message.request)
         except TimeoutError:
             reply = LogsReply(error=f"the logs could not be read within {LOGS_TIMEOUT_S:.0f} s")
         with contextlib.suppress(OSError):  # the agent went away meanwhile, or (TimeoutError) does not listen
@@ -142,9 +150,11 @@ class Listener:
                 await self._send(writer, entries)
             async with self._news:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), 5)
+                    async with asyncio.timeout(5):
+                        await self._news.wait()
 
     @staticmethod
     async def _send(writer: asyncio.StreamWriter, message: msgspec.Struct) -> None:
         writer.write(codec.encode(message) + b"\n")
-        await asyncio.wait_for(writer.drain(), SEND_TIMEOUT_S)
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await writer.drain()

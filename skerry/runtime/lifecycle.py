@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import uvloop
 
@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 STOP_BUDGET_S = 6.0
 """What a program may take to end by itself after SIGTERM; then whatever it waits for is cut short. Under the units' TimeoutStopSec."""
+CANCEL_AGAIN_S = 0.2
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits(3): the settings are wrong, starting again will not help."""
 
@@ -37,6 +38,20 @@ async def first_of(*events: asyncio.Event, within_s: float) -> None:
     finally:
         for wait in waits:
             wait.cancel()
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks until they are over; what they raise is theirs alone.
+
+    Once is not enough: ``wait_for`` of Python 3.11, which aiomqtt uses too, forgets a cancellation that comes in the moment in which
+    what it waits for is there, and a loop around it would go on for ever.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def feed_watchdog(stop: asyncio.Event, alive: Callable[[], bool]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import msgspec
 import numpy as np
 import onnx
 import onnx.helper as oh
@@ -295,6 +296,36 @@ class Load:
             except OSError as exc:
                 self.wrong.append(str(exc))
             time.sleep(0.01)
+
+
+def test_what_a_sandbox_wrote_is_shown_and_asking_costs_no_request(world, scale_model):
+    """A model whose warm-up run can't work: its worker says why and ends, and the box beside it goes on serving."""
+    warmup = json.dumps([{"name": "z", "shape": [1, 3]}])
+    pushed = world.cli("model", "push", str(scale_model), "--name", "sick", "--version", "1", "--warmup", warmup)
+    assert pushed.returncode == 0, pushed.stderr
+    world.deploy("name: sick\nmodel: sick:1\nplace: {labels: {site: store-1}}\nresources: {memory: 256MiB}\n")
+
+    def replica_of(deployment: str) -> str:
+        return next((r.name for r in world.node("store-1").replicas if r.deployment == deployment), "")
+
+    def shown(deployment: str) -> list[str]:
+        done = world.cli("logs", "store-1", replica_of(deployment), "--json")
+        return json.loads(done.stdout)["lines"] if done.returncode == 0 else [done.stderr.decode()]
+
+    try:
+        wait_until(lambda: bool(replica_of("sick")), 20, lambda: world.node("store-1").replicas)
+        with Load(infer_url(world)) as load:
+            wait_until(lambda: any("load failed" in line for line in shown("sick")), 30, lambda: shown("sick"))
+            healthy = world.cli("logs", "store-1", replica_of("scale"), "--lines", "5", "--json")
+            assert healthy.returncode == 0, healthy.stderr
+            assert json.loads(healthy.stdout)["replica"] == replica_of("scale")
+        assert load.right > 10
+        assert load.wrong == []
+        unknown = world.cli("logs", "store-1", "nothing-0")
+        assert unknown.returncode == 5
+        assert b"skerry node show store-1" in unknown.stderr
+    finally:
+        world.api.call("DELETE", "/v1/deployments/sick", msgspec.Raw)
 
 
 @pytest.mark.parametrize("victim", ["store-1.agent", "store-1.warden", "coordinator", "broker", "worker"])

@@ -50,12 +50,13 @@ class Box(msgspec.Struct):
 class Fleet:
     """Starts and ends everything. ``env`` is the file that other shells can source."""
 
-    def __init__(self, folder: Path, *, broker_kind: str = "auto", drivers: list[str] | None = None) -> None:
+    def __init__(self, folder: Path, *, broker_kind: str = "auto", drivers: list[str] | None = None, warm_most: int = 0) -> None:
         self.folder = folder.resolve()
         self.env = self.folder / "env"
         self.logs = self.folder / "logs"
         self._broker_kind = broker_kind
         self._drivers = drivers or ["docker", "bubblewrap"]
+        self._warm_most = warm_most
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._commands: dict[str, list[str]] = {}
         self.boxes: list[Box] = []
@@ -115,7 +116,7 @@ gateway_url = "{url}"\nsample_every_s = 0.5\nwill_delay_s = 2\nreconnect_most_s 
             "warden": f"""fleet = "{FLEET}"\nnode = "{name}"\nstate_dir = "{folder}/warden"\nsocket = "{folder}/warden.sock"
 incoming_dir = "{folder}/agent/incoming"\nroutes_file = "{folder}/routes.json"
 trusted_keys_file = "{self.folder}/coordinator/signing.pub"\ndrivers = {json.dumps(self._drivers)}
-docker_socket = "{docker_socket()}"\ndrain_s = 0.5\n""",
+docker_socket = "{docker_socket()}"\ndrain_s = 0.5\nwarm_most = {self._warm_most}\n""",
             "gateway": f"""node = "{name}"\ntier = "{tier}"\nlisten = "127.0.0.1:{gateway_port}"\nsocket = "{folder}/gateway.sock"
 routes_file = "{folder}/routes.json"\nupstream_proxy = "http://127.0.0.1:{proxy_port}"\n""",
         }
@@ -235,7 +236,7 @@ def left_behind(folder: Path) -> list[str]:
         if entry.name.isdigit() and int(entry.name) not in (os.getpid(), os.getppid()):
             with contextlib.suppress(OSError):
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                if f"{folder}/" in command:
+                if f"{folder}/" in command or f"{folder}/" in (entry / "mountinfo").read_text():
                     found.append(f"process {entry.name}: {command[:120]}")
     found += [f"mount {line.split()[1]}" for line in Path("/proc/mounts").read_text().splitlines() if f"{folder}/" in line]
     return found

@@ -89,10 +89,12 @@ def wait_until(holds: Callable[[], bool], within_s: float, what: Callable[[], ob
 
 
 @contextlib.contextmanager
-def running(*, broker_kind: str = "embedded", drivers: tuple[str, ...] = ("bubblewrap",), wait: bool = True) -> Iterator[World]:
+def running(
+    *, broker_kind: str = "embedded", drivers: tuple[str, ...] = ("bubblewrap",), wait: bool = True, warm_most: int = 0
+) -> Iterator[World]:
     """Bring a fleet up in a directory of its own and take it down again, to the last process."""
     folder = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp"))
-    fleet = Fleet(folder, broker_kind=broker_kind, drivers=list(drivers))
+    fleet = Fleet(folder, broker_kind=broker_kind, drivers=list(drivers), warm_most=warm_most)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fleet")
     thread.start()

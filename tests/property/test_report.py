@@ -86,7 +86,9 @@ def test_a_route_leads_to_the_ready_replicas_of_its_deployment_and_to_no_other(w
         ready = {name: status for name, status in known.items() if status.phase == "ready" and status.socket}
         mine = {name: status for name, status in ready.items() if status.spec.deployment == route.deployment}
         versions = {status.spec.model.version for status in mine.values()}
-        newest = {status.spec.model.version for status in mine.values() if status.spec.generation == max(s.spec.generation for s in mine.values())}
+        newest = {
+            status.spec.model.version for status in mine.values() if status.spec.generation == max(s.spec.generation for s in mine.values())
+        }
         assert route.version == asked.version if asked.version in versions or not mine else route.version in newest
         expected = {name: status for name, status in mine.items() if status.spec.model.version == route.version}
         assert [replica.name for replica in route.replicas] == sorted(expected), "one version at a time"

@@ -108,9 +108,9 @@ def next_steps(
 ) -> Steps:
     """What to do now. ``want`` is keyed by replica name, ``seen`` and ``warm`` by sandbox name; ``now`` is in seconds.
 
-    Memory is granted in order of replica name, and never more than ``limits`` in all. Of the warm sandboxes, ``takes`` names by replica
-    those that may become it, best first; others are given back where that makes a wanted replica fit, and it is started once they are
-    gone.
+    Memory is granted in order of replica name, and never more than ``limits`` in all. ``takes`` names by replica the warm sandboxes that
+    may become it, best first; one that holds more than the replica will is passed over. Others are given back where that makes a wanted
+    replica fit, which is started once they are gone.
     """
     mine: dict[str, dict[str, Seen]] = {}
     for sandbox, one in sorted(seen.items()):
@@ -209,14 +209,15 @@ class _Plan:
     def _start_warm(self, spec: ReplicaSpec) -> bool:
         """Start ``spec`` out of a warm sandbox, which then holds what ``spec`` does; says whether there was one with room for that."""
         for name in self._takes.get(spec.name, ()):
-            if name in self._warm:
-                gpu = self._warm[name].gpu
-                held, present, planned = holding_of(spec, gpu), self._present.plus(self._warm[name]), self._planned.plus(self._warm[name])
-                if present.has(held) and planned.has(held):
-                    self._present, self._planned = present.less(held), planned.less(held)
-                    del self._warm[name]
-                    self.steps.append(Start(spec, gpu, name))
-                    return True
+            warm = self._warm.get(name)
+            if warm is None or warm.memory_bytes > spec.memory_bytes or warm.gpu_memory_bytes > spec.gpu_memory_bytes:
+                continue  # what it would free is free once it is started, not yet in this batch
+            held, present, planned = holding_of(spec, warm.gpu), self._present.plus(warm), self._planned.plus(warm)
+            if present.has(held) and planned.has(held):
+                self._present, self._planned = present.less(held), planned.less(held)
+                del self._warm[name]
+                self.steps.append(Start(spec, warm.gpu, name))
+                return True
         return False
 
     def _make_room(self, spec: ReplicaSpec, ones: Mapping[str, Seen], refusal: Refusal) -> Grant | Refusal:

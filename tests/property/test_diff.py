@@ -316,6 +316,12 @@ def test_a_warm_sandbox_becomes_the_replica_where_there_is_room_for_one_of_them_
     assert (taken.steps, taken.waiting) == ([Start(spec, warm="w2")], {})
 
 
+def test_of_two_that_are_fetched_one_is_forgotten_before_the_other_is_started():
+    spec = spec_of("a", "v1")
+    seen = {"s2": Seen(spec, "fetched"), "s1": Seen(spec, "fetched")}
+    assert next_steps({"a": spec}, seen, warm={}, limits=LIMITS, now=0).steps == [Remove("s2")]
+
+
 @given(boxes())
 def test_the_same_world_gives_the_same_steps(box):
     first = box.look()
@@ -353,6 +359,7 @@ def test_a_crash_loop_is_remembered_until_the_spec_changes(box, later):
         box.round(rough=False)
     for name, spec in box.want.items():
         assert box.ready(name) == ([] if first.get(name) == spec else [spec])
+    assert {s.spec.name for s in box.seen.values() if s.phase == "dead"} == {name for name in box.want if first.get(name) == box.want[name]}
 
 
 def test_a_thousand_loads_and_unloads_leave_the_memory_as_it_was():

@@ -84,6 +84,11 @@ class GiveBack(msgspec.Struct, frozen=True, tag=True):
     sandbox: str
 
 
+def runs_alike(one: ReplicaSpec, other: ReplicaSpec) -> bool:
+    """Whether a sandbox of the one is a sandbox of the other: they differ in how it is changed, or in nothing but their generation."""
+    return msgspec.structs.replace(one, update=other.update, generation=other.generation) == other
+
+
 Step = Fetch | Start | Drain | Remove | GiveBack
 
 

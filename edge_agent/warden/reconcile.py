@@ -180,7 +180,7 @@ class Reconciler:
             return False  # nothing is known of what is wanted: what runs is left alone
         now = time.monotonic()
         want = {spec.name: spec for spec in self.desired.replicas}
-        self._roster.forget_replicas(set(want))
+        self._roster.take_over(want)
         takes = {spec.name: self._warm.takes(spec, driver) for spec in want.values() if (driver := self._driver_for(spec)) is not None}
         plan = diff.next_steps(want, self._roster.seen(), warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
         self._waiting = plan.waiting
@@ -218,6 +218,11 @@ class Reconciler:
         offered = ", ".join(driver.rung for driver in self._drivers) or "none"
         return f"{'; '.join(reasons) or 'no sandbox works here'}; this box offers {offered}"
 
+    def _deadline_ms(self, spec: ReplicaSpec) -> int:
+        """What its callers are promised; a day where nobody is."""
+        routes = self.desired.routes if self.desired else []
+        return next((route.deadline_ms for route in routes if route.deployment == spec.deployment), 86_400_000)
+
     async def _start(self, spec: ReplicaSpec, gpu: str, warm: str) -> bool:
         name = next(name for name, known in self._known.items() if known.phase == "fetched" and known.spec == spec)
         known = self._known[name]
@@ -228,7 +233,7 @@ class Reconciler:
         kind = launch.kind_of(spec, known.driver)
         model = self._store.model_path(spec.model.sha256)
         if spec.server is None and not gpu:
-            self._warm.demand(kind, spec.deadline_ms)
+            self._warm.demand(kind, self._deadline_ms(spec))
         try:
             if warm:
                 await self._warm.take(warm, spec, model, self._roster.attempts_of(spec))

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from collections.abc import Mapping
 from typing import assert_never
 
 import msgspec
@@ -79,10 +80,14 @@ class Roster:
         of, attempts = self.attempts.get(spec.name, (spec, crash.Attempts()))
         return attempts if of == spec else crash.Attempts()
 
-    def forget_replicas(self, wanted: set[str]) -> None:
-        """What is no longer wanted has no past."""
-        for name in [name for name in self.attempts if name not in wanted]:
+    def take_over(self, want: Mapping[str, ReplicaSpec]) -> None:
+        """What is no longer wanted has no past; what would run no differently goes on under the new specification."""
+        for name in self.attempts.keys() - want.keys():
             del self.attempts[name]
+        for known in self.known.values():
+            new = want.get(known.spec.name)
+            if new is not None and known.phase in ("fetched", "running") and diff.runs_alike(known.spec, new):
+                known.spec = new
 
     def give_up(self, name: str, known: Known, reason: str) -> None:
         """It is not tried again until its specification changes."""

@@ -106,7 +106,6 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     gpu_memory_bytes: Count = 0
     isolation_at_least: Rung = "process"
     update: UpdateMode = "hand_over_if_room"
-    deadline_ms: Count = 1000
     image: str = ""
     """The image of the worker, by id as in Server; empty: the box's own interpreter and libraries."""
     server: Server | None = None

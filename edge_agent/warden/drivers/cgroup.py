@@ -1,7 +1,7 @@
 """Control groups of our own for sandboxes whose driver brings none: memory, processors and processes held by the kernel.
 
-Version 2 where a subtree was delegated to the warden (systemd's ``Delegate=yes``), else version 1 where the warden may make groups
-there (root), else none: then resource limits are all there is, and ``Driver.limits`` says so.
+Version 2 where a subtree was delegated to the warden or it is root, else version 1 where it is root, else none: then resource limits
+are all there is, and ``Driver.limits`` says so.
 Files and their units: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of the kernel.
 """
 
@@ -149,32 +149,31 @@ class CgroupV2:
         return {folder.name for folder in self._base.iterdir() if folder.is_dir()} if self._base.is_dir() else set()
 
 
-def _delegated() -> Path | None:
-    """A version 2 group that is ours to divide, with the controllers that limits need; the warden moves to a leaf of its own.
+NEEDED = ("cpu", "memory", "pids")
 
-    A group that hands controllers down may hold no process itself, so the warden's own group gets two children: ``warden``, where it
-    goes, and ``sandboxes``.
+
+def _version_2(owner: str) -> CgroupV2 | None:
+    """A version 2 group that is ours to divide, with the controllers that limits need.
+
+    As root, one of our own at the top. Else what systemd delegated, if it put the warden into the subgroup ``warden`` of that
+    (``DelegateSubgroup=``): a group that hands controllers down may hold no process itself, so that without the subgroup systemd
+    could not start the next warden beside sandboxes that run.
     """
     mount = next((Path(line.split()[1]) for line in _MOUNTS.read_text().splitlines() if line.split()[2] == "cgroup2"), None)
     path = next((line[3:] for line in _OWN.read_text().splitlines() if line.startswith("0::")), "/")
-    if mount is None or path == "/":
-        return None  # the root is nobody's to divide
-    own = mount / path.lstrip("/")
-    if own.name == "warden":
-        own = own.parent  # an earlier start of this very process tree divided it
-    needed = {"memory", "pids", "cpu"}
-    try:
-        if not needed <= set((own / "cgroup.controllers").read_text().split()) or not os.access(own / "cgroup.procs", os.W_OK):
-            return None
-        (own / "warden").mkdir(exist_ok=True)
-        (own / "sandboxes").mkdir(exist_ok=True)
-        (own / "warden" / "cgroup.procs").write_text(str(os.getpid()))
-        enabled = " ".join(f"+{controller}" for controller in sorted(needed))
-        for folder in (own, own / "sandboxes"):
-            (folder / "cgroup.subtree_control").write_text(enabled)
-    except OSError:
+    if mount is None or not set(NEEDED) <= set((mount / "cgroup.controllers").read_text().split()):
         return None
-    return own / "sandboxes"
+    if os.geteuid() == 0:
+        above, base = mount, mount / f"skerry-{owner}"
+    elif path.endswith("/warden"):
+        above = (mount / path.lstrip("/")).parent
+        base = above / "sandboxes"
+    else:
+        return None
+    base.mkdir(exist_ok=True)
+    for folder in (above, base):
+        (folder / "cgroup.subtree_control").write_text(" ".join(f"+{controller}" for controller in NEEDED))
+    return CgroupV2(base)
 
 
 def _version_1(owner: str) -> CgroupV1 | None:
@@ -191,12 +190,11 @@ def _version_1(owner: str) -> CgroupV1 | None:
 
 def find(owner: str) -> Cgroups | None:
     """The best that this process may use; None where there is nothing but resource limits."""
-    try:
-        base = _delegated()
-        found: Cgroups | None = CgroupV2(base) if base is not None else _version_1(owner)
-        if found is not None:
-            found.create("probe", memory_bytes=64 * 2**20, cpus=1.0, pids_max=8)
-            found.remove("probe")
-    except OSError:
-        return None
-    return found
+    for look in (_version_2, _version_1):
+        with contextlib.suppress(OSError):
+            found: Cgroups | None = look(owner)
+            if found is not None:
+                found.create("probe", memory_bytes=64 * 2**20, cpus=1.0, pids_max=8)
+                found.remove("probe")
+                return found
+    return None

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from skerry.cli import catalogue, output
 from skerry.cli.client import EXIT_FAILED, CliError, Coordinator, find_login
+from skerry.image.engine import ImageError
 
 P = ParamSpec("P")
 
@@ -22,7 +23,7 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except (CliError, catalogue.CatalogueError) as exc:
+        except (CliError, catalogue.CatalogueError, ImageError) as exc:
             output.errors.print(f"[red]error:[/] {escape(str(exc))}", soft_wrap=True)
             hint = getattr(exc, "hint", "")
             if hint:

@@ -39,6 +39,7 @@ def node_of(stored: nodes.Node) -> planner.Node | None:
         memory_bytes=birth.memory_bytes,
         gpu_memory_bytes=sum(gpu.memory_mib for gpu in birth.gpus) * 2**20,
         rungs=birth.rungs,
+        rungs_absent=birth.rungs_absent,
     )
 
 

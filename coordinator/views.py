@@ -70,6 +70,7 @@ class Views:
             memory_bytes=birth.memory_bytes if birth else 0,
             gpus=birth.gpus if birth else [],
             rungs=birth.rungs if birth else [],
+            rungs_absent=birth.rungs_absent if birth else {},
             generation=desired.generation if desired else 0,
             reported_generation=reported.generation if reported else 0,
             refused=reported.refused if reported else "",

@@ -1,12 +1,13 @@
 """A deployment as its owner writes it, in YAML or JSON: parsed once, and every mistake named by key and line. Pure."""
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
 
 from skerry.wire import topics, units
-from skerry.wire.messages import Rung, SplitMode, Tier
+from skerry.wire.messages import Rung, Server, SplitMode, Tier, UpdateMode
 
 MAX_TEXT_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -14,7 +15,15 @@ MAX_DEPTH = 16
 MAX_NAME = 48
 """Leaves room for a replica's number in 63 characters."""
 
+MAX_ARGUMENTS = 256
+MAX_ARGUMENTS_BYTES = 16 * 1024
+"""Of a server's command line and environment together: they travel in the box's document."""
+
 Positive = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+_IMAGE = re.compile(r"sha256:[0-9a-f]{64}")
+_SERVED_MODEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 
 class DeploymentError(ValueError):
@@ -92,6 +101,23 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     observe: str = "2m"
 
 
+class OwnServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model server of one's own, in place of ours; see skerry.wire.messages.Server."""
+
+    image: str
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 8080
+    model: str = ""
+    argv: list[str] = []
+    environment: dict[str, str] = {}
+
+
+class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a replica changes: the new one beside the old until it is ready, or one after the other; what to do without room for both."""
+
+    strategy: Literal["hand_over", "recreate"] = "hand_over"
+    no_room: Literal["refuse", "recreate"] = "recreate"
+
+
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole deployment file."""
 
@@ -103,6 +129,9 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     isolation: Isolation = Isolation()
     slo: Slo = Slo()
     split: Split = Split()
+    image: str | None = None
+    server: OwnServer | None = None
+    update: Update = Update()
     disconnect: Disconnect | None = None
     rollout: Rollout | None = None
 
@@ -125,6 +154,9 @@ class Deployment(msgspec.Struct, frozen=True):
     target: float
     split: SplitMode
     warnings: list[str] = []
+    image: str = ""
+    server: Server | None = None
+    update: UpdateMode = "hand_over_if_room"
 
 
 def parse(text: str) -> Deployment:
@@ -242,15 +274,8 @@ def _checked(spec: Spec) -> Deployment:
     memory_bytes = _size(spec.resources.memory, "resources.memory")
     if memory_bytes < 64 * 2**20:
         raise DeploymentError("a worker needs 64MiB at the least", field="resources.memory")
-    for field, text in (
-        ("disconnect.lost_after", spec.disconnect and spec.disconnect.lost_after),
-        ("rollout.observe", spec.rollout and spec.rollout.observe),
-    ):
-        if text:
-            try:
-                units.parse_duration_ms(text)
-            except ValueError as exc:
-                raise DeploymentError(str(exc), field=field) from exc
+    _check_durations(spec)
+    _check_images(spec)
     return Deployment(
         name=spec.name,
         model=model,
@@ -271,4 +296,51 @@ def _checked(spec: Spec) -> Deployment:
             for key, given in (("disconnect", spec.disconnect), ("rollout", spec.rollout), ("split.cloud_budget", spec.split.cloud_budget))
             if given is not None
         ],
+        image=spec.image or "",
+        server=msgspec.convert(msgspec.to_builtins(spec.server), Server) if spec.server else None,
+        update=_update_mode(spec.update),
     )
+
+
+def _check_durations(spec: Spec) -> None:
+    for field, text in (
+        ("disconnect.lost_after", spec.disconnect and spec.disconnect.lost_after),
+        ("rollout.observe", spec.rollout and spec.rollout.observe),
+    ):
+        if text:
+            try:
+                units.parse_duration_ms(text)
+            except ValueError as exc:
+                raise DeploymentError(str(exc), field=field) from exc
+
+
+def _update_mode(update: Update) -> UpdateMode:
+    if update.strategy == "recreate":
+        return "recreate"
+    return "hand_over" if update.no_room == "refuse" else "hand_over_if_room"
+
+
+def _check_images(spec: Spec) -> None:
+    server = spec.server
+    for field, image in (("image", spec.image), ("server.image", server.image if server else None)):
+        if image is not None and not _IMAGE.fullmatch(image):
+            message = f"{image[:80]!r} is not an image's id, sha256: and 64 hexadecimal digits, as 'skerry image build' and 'load' print it"
+            raise DeploymentError(message, field=field)
+    if server is not None and spec.image is not None:
+        raise DeploymentError("image is the worker's, and a server of one's own takes its place: give one of the two", field="server")
+    if server is not None:
+        _check_server(server)
+
+
+def _check_server(server: OwnServer) -> None:
+    if server.model and not _SERVED_MODEL.fullmatch(server.model):
+        message = f"{server.model[:80]!r} is not a model's name: letters, digits, '.', '_' and '-', at most 128"
+        raise DeploymentError(message, field="server.model")
+    for name in server.environment:
+        if not _VARIABLE.fullmatch(name):
+            raise DeploymentError(f"{name[:80]!r} is not a variable's name: letters, digits and '_'", field="server.environment")
+    for field, texts in (("server.argv", server.argv), ("server.environment", [*server.environment, *server.environment.values()])):
+        if len(texts) > MAX_ARGUMENTS or sum(len(text.encode()) for text in texts) > MAX_ARGUMENTS_BYTES:
+            raise DeploymentError(f"more than {MAX_ARGUMENTS} entries or {MAX_ARGUMENTS_BYTES} bytes", field=field)
+        if any("\0" in text for text in texts):
+            raise DeploymentError("a text holds a NUL character, which no program can be given", field=field)

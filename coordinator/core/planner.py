@@ -16,6 +16,8 @@ from skerry.wire.units import format_bytes
 
 USABLE_SHARE = 0.8
 """Of a box's memory; the rest is the system's and ours."""
+MAX_REASON = 300
+"""Characters of a box's own words in a reason: it is kept once for each deployment."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -29,6 +31,7 @@ class Node(msgspec.Struct, frozen=True):
     memory_bytes: int
     gpu_memory_bytes: int
     rungs: list[Rung]
+    rungs_absent: dict[Rung, str] = {}
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -121,9 +124,39 @@ def unfit(node: Node, spec: Deployment) -> str:
         return "has a GPU, accelerator: none is asked for"
     if not node.rungs:
         return "has not said yet which sandboxes it offers"
-    if max(RUNGS.index(rung) for rung in node.rungs) < RUNGS.index(spec.isolation_at_least):
-        return f"isolation.at_least: {spec.isolation_at_least} is asked for, offers {', '.join(node.rungs)}"
-    return ""
+    return _no_rung(node, spec)
+
+
+def least_rung(spec: Deployment) -> Rung:
+    """The weakest rung that will do: an image needs an engine, which is the rung container at the least."""
+    if spec.server is None and not spec.image:
+        return spec.isolation_at_least
+    return max(spec.isolation_at_least, "container", key=RUNGS.index)
+
+
+def _no_rung(node: Node, spec: Deployment) -> str:
+    """Why none of a box's sandboxes will do; empty where one will."""
+    asked, least = spec.isolation_at_least, least_rung(spec)
+    offers = f"offers {', '.join(node.rungs)}"
+    if spec.server is not None:
+        if RUNGS.index(asked) > RUNGS.index("container"):
+            return (
+                f"isolation.at_least: {asked} is asked for, and a server of one's own runs on the rung container alone: "
+                "elsewhere each container has a loopback of its own, and its server could not be reached"
+            )
+        if "container" not in node.rungs:
+            return f"server: runs on the rung container, {offers}{_absence(node, 'container')}"
+    if max(RUNGS.index(rung) for rung in node.rungs) >= RUNGS.index(least):
+        return ""
+    if least != asked:
+        return f"image: runs on the rung container or above, {offers}{_absence(node, least)}"
+    return f"isolation.at_least: {asked} is asked for, {offers}{_absence(node, asked)}"
+
+
+def _absence(node: Node, rung: Rung) -> str:
+    """The box's own word on why it does not offer a rung, where it gave one."""
+    reason = node.rungs_absent.get(rung, "")[:MAX_REASON]
+    return f"; {rung} is not available on this box: {reason}" if reason else ""
 
 
 def _no_room(free: _Free, spec: Deployment) -> str:
@@ -233,7 +266,8 @@ def _why(node: Node, spec: Deployment) -> str:
 
 
 def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
-    """The replica's specification; its generation moves only when something else in it does, so that nothing restarts for nothing."""
+    """The replica's specification. Its generation moves only when something else of its sandbox does, so that nothing restarts for nothing:
+    how it will be updated one day, and the deadline, are not of the sandbox."""
     assert want.model is not None  # noqa: S101 - for the type checker
     spec = want.spec
     new = ReplicaSpec(
@@ -244,10 +278,14 @@ def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
         memory_bytes=spec.memory_bytes,
         cpus=spec.cpus,
         gpu_memory_bytes=spec.gpu_memory_bytes,
-        isolation_at_least=spec.isolation_at_least,
+        isolation_at_least=least_rung(spec),
+        update=spec.update,
+        deadline_ms=spec.deadline_ms,
+        image=spec.image,
+        server=spec.server,
     )
-    if old is not None and msgspec.structs.replace(old, generation=new.generation) == new:
-        return old
+    if old is not None and msgspec.structs.replace(old, generation=new.generation, update=new.update, deadline_ms=new.deadline_ms) == new:
+        return msgspec.structs.replace(new, generation=old.generation)
     return new
 
 

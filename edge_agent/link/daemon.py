@@ -40,6 +40,7 @@ class Inventory:
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._gpus: list[Gpu] = nvml.gpus()
         self.rungs: list[Rung] = []
+        self.rungs_absent: dict[Rung, str] = {}
         self.generation = 0
 
     def birth(self, session_epoch: int) -> Birth:
@@ -55,6 +56,7 @@ class Inventory:
             memory_bytes=psutil.virtual_memory().total,
             gpus=self._gpus,
             rungs=self.rungs,
+            rungs_absent=self.rungs_absent,
             outbox_epoch=self._outbox_epoch,
             desired_generation=self.generation,
         )
@@ -74,8 +76,8 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     )
 
     async def on_state(state: State) -> None:
-        if state.rungs != inventory.rungs:
-            inventory.rungs = state.rungs
+        if (state.rungs, state.rungs_absent) != (inventory.rungs, inventory.rungs_absent):
+            inventory.rungs, inventory.rungs_absent = state.rungs, state.rungs_absent
             session.announce()
         inventory.generation = state.reported.generation
         session.report(state.reported)

@@ -66,6 +66,8 @@ def print_node(node: NodeView) -> None:
     if node.state == "offline":
         console.print(f"  last heard {moment(node.heard_at_ms)}: from here a crash can't be told from a cut link")
     console.print(f"  gateway {escape(node.gateway_url)}   version {escape(node.version)}   sandboxes {', '.join(node.rungs) or 'unknown'}")
+    for rung, reason in node.rungs_absent.items():
+        console.print(f"  no {rung}: {escape(reason)}", soft_wrap=True)
     console.print(f"  {node.cpus} cores, {format_bytes(node.memory_bytes)}, {len(node.gpus)} GPUs")
     console.print(f"  desired generation {node.generation}, reported {node.reported_generation}")
     if node.refused:

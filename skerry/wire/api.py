@@ -51,6 +51,7 @@ class NodeView(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     gpus: list[Gpu] = []
     rungs: list[Rung] = []
+    rungs_absent: dict[Rung, str] = {}
     generation: int = 0
     reported_generation: int = 0
     refused: str = ""

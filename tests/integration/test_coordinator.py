@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import time
+import urllib.request
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -154,3 +155,22 @@ def test_paths_that_climb_find_nothing(world):
         with refused.value:
             assert refused.value.code == 404
     assert world.api.call("GET", "/v1/events", list[EventView]) is not None
+
+
+def test_why_a_box_lacks_a_sandbox_is_told_to_whoever_asks_for_it(world):
+    absent = {"gvisor": "the engine has no runtime runsc"}
+    box = birth(labels={"only": "this"}, rungs_absent=absent)
+    say(world, "plain-1", ("birth", box), ("presence", codec.encode(Presence(True, "b", 1))))
+    world.deploy("name: strict\nmodel: m:1\nplace: {labels: {only: this}}\nisolation: {at_least: gvisor}\n")
+
+    def refusals() -> dict[str, str]:
+        return {refusal.node: refusal.reason for refusal in world.deployment("strict").refusals}
+
+    wait_until(lambda: "plain-1" in refusals(), 15, world.log_tails)
+    assert refusals()["plain-1"].endswith("gvisor is not available on this box: the engine has no runtime runsc")
+    (view,) = [node for node in world.nodes() if node.id == "plain-1"]
+    assert view.rungs_absent == absent
+    request = urllib.request.Request(f"{world.fleet.url}/nodes/plain-1", headers={"Authorization": f"Bearer {world.fleet.token}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert "the engine has no runtime runsc" in answer.read().decode()
+    world.api.call("DELETE", "/v1/deployments/strict", msgspec.Raw)

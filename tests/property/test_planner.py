@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from coordinator.core.deployment import Deployment, Replicas
 from coordinator.core.planner import BoxPlan, Node, Plan, Wanted, plan
-from skerry.wire.messages import ModelRef
+from skerry.wire.messages import ModelRef, Server
 
 STRENGTH = {"process": 0, "container": 1, "gvisor": 2, "microvm": 3}
 MATCHES = {"store-1": {"store-1"}, "store-*": {"store-1", "store-2"}, "*": {"store-1", "store-2", "depot"}, "depot": {"depot"}}
@@ -24,6 +24,7 @@ def nodes(node_id: str):
         memory_bytes=st.sampled_from([0, 4, 5, 9, 10, 10, 14, 20]),
         gpu_memory_bytes=st.sampled_from([0, 0, 2, 5]),
         rungs=st.sampled_from([["process", "container"], ["container", "process"], ["process"], ["gvisor"], []]),
+        rungs_absent=st.sampled_from([{}, {"container": "no engine"}, {"gvisor": "no runsc", "microvm": "no KVM"}]),
     )
 
 
@@ -46,6 +47,8 @@ def wants(draw, name: str):
         deadline_ms=50,
         target=0.99,
         split=draw(st.sampled_from(["edge", "cloud", "overflow"])),
+        **draw(st.sampled_from([{}, {}, {}, {"image": "sha256:a"}, {"server": Server("sha256:b")}])),
+        update=draw(st.sampled_from(["hand_over", "hand_over_if_room", "recreate"])),
     )
     model = ModelRef("m", version, f"digest-{version}", 1) if draw(st.integers(0, 9)) else None
     return Wanted(spec, draw(st.integers(1, 3)), model)
@@ -83,10 +86,20 @@ def misfit(node: Node, want: Wanted) -> str:
         return "has no GPU"
     if spec.accelerator == "none" and node.gpu_memory_bytes > 0:
         return "has a GPU"
-    if not node.rungs:
+    return rung_misfit(node.rungs, spec)
+
+
+def rung_misfit(rungs: list[str], spec: Deployment) -> str:
+    if not rungs:
         return "not said yet"
-    if all(STRENGTH[rung] < STRENGTH[spec.isolation_at_least] for rung in node.rungs):
+    if spec.server:
+        if spec.isolation_at_least in ("gvisor", "microvm"):
+            return "runs on the rung container alone"
+        return "" if "container" in rungs else "server"
+    if all(STRENGTH[rung] < STRENGTH[spec.isolation_at_least] for rung in rungs):
         return "isolation"
+    if spec.image and all(rung == "process" for rung in rungs):
+        return "image"
     return ""
 
 
@@ -203,16 +216,15 @@ def test_planning_again_changes_nothing(world):
 def test_a_new_generation_that_changes_no_replica_keeps_the_old_ones(fleet):
     boxes, wanted = fleet
     made = plan(boxes, wanted, {})
-    edited = [
-        Wanted(msgspec.structs.replace(want.spec, deadline_ms=want.spec.deadline_ms + 1), want.generation + 1, want.model)
-        for want in wanted
-    ]
+    edited = [Wanted(msgspec.structs.replace(want.spec, deadline_ms=51), want.generation + 1, want.model) for want in wanted]
     again = plan(boxes, edited, made.boxes)
-    assert {node: box.replicas for node, box in again.boxes.items()} == {node: box.replicas for node, box in made.boxes.items()}
+    for node, box in made.boxes.items():
+        same = [msgspec.structs.replace(replica, deadline_ms=51) for replica in box.replicas]
+        assert again.boxes[node].replicas == same, "the deadline reaches the box under the generation that runs"
     assert all(route.deadline_ms == 51 for box in again.boxes.values() for route in box.routes)
 
 
-@given(fleets(), st.sampled_from(["memory", "model", "isolation"]))
+@given(fleets(), st.sampled_from(["memory", "model", "isolation", "image", "server"]))
 @settings(max_examples=40, deadline=None)
 def test_a_replica_that_changes_carries_the_new_generation(fleet, what):
     boxes, wanted = fleet
@@ -226,6 +238,10 @@ def test_a_replica_that_changes_carries_the_new_generation(fleet, what):
             model = msgspec.structs.replace(model, sha256="other")
         elif what == "isolation":
             spec = msgspec.structs.replace(spec, isolation_at_least="microvm" if spec.isolation_at_least == "gvisor" else "gvisor")
+        elif what == "image":
+            spec = msgspec.structs.replace(spec, image="sha256:c")
+        elif what == "server":
+            spec = msgspec.structs.replace(spec, server=Server("sha256:b", port=81))
         edited.append(Wanted(spec, want.generation + 7, model))
     generations = {want.spec.name: want.generation for want in edited}
     for box in plan(boxes, edited, made.boxes).boxes.values():
@@ -296,6 +312,54 @@ def test_a_box_that_falls_silent_keeps_its_replicas(fleet):
     made = plan(boxes, wanted, {})
     silent = [msgspec.structs.replace(box, online=not box.online) for box in boxes]
     assert plan(silent, wanted, made.boxes).boxes == made.boxes
+
+
+@given(worlds())
+@settings(max_examples=70, deadline=None)
+def test_a_replica_carries_all_that_its_sandbox_is_made_of(world):
+    boxes, wanted, before = world
+    made = plan(boxes, wanted, before)
+    specs = {want.spec.name: want.spec for want in wanted}
+    for box in made.boxes.values():
+        for replica in box.replicas:
+            spec = specs[replica.deployment]
+            told = (replica.image, replica.server, replica.update, replica.deadline_ms, replica.cpus, replica.memory_bytes)
+            assert told == (spec.image, spec.server, spec.update, spec.deadline_ms, spec.cpus, spec.memory_bytes)
+            least = 1 if spec.image or spec.server else 0
+            assert STRENGTH[replica.isolation_at_least] == max(STRENGTH[spec.isolation_at_least], least), "an image needs an engine"
+
+
+SPEC = Deployment("d", "m", 1, Replicas(per_node=1), {}, ["edge"], "any", 1, 1.0, 0, "process", 50, 0.99, "overflow")
+
+
+def reason(rungs: list[str], absent: dict[str, str], **changes: object) -> str:
+    """Why one box with these rungs is refused."""
+    box = Node("n", "edge", {}, "http://n", True, 100, 0, rungs, absent)
+    spec = msgspec.structs.replace(SPEC, **changes)
+    return plan([box], [Wanted(spec, 1, ModelRef("m", 1, "digest-1", 1))], {}).outcomes["d"].refusals[0].reason
+
+
+def test_a_box_that_lacks_a_rung_is_refused_in_its_own_words():
+    absent = {"gvisor": "no runtime runsc", "microvm": "no /dev/kvm", "container": "no Docker Engine at /run/docker.sock"}
+    assert reason(["process"], absent, isolation_at_least="gvisor") == (
+        "isolation.at_least: gvisor is asked for, offers process; gvisor is not available on this box: no runtime runsc"
+    )
+    assert reason(["process"], absent, isolation_at_least="microvm").endswith("microvm is not available on this box: no /dev/kvm")
+    assert reason(["process"], {}, isolation_at_least="gvisor") == "isolation.at_least: gvisor is asked for, offers process"
+    words = "container is not available on this box: no Docker Engine at /run/docker.sock"
+    assert reason(["process"], absent, image="sha256:a") == f"image: runs on the rung container or above, offers process; {words}"
+    assert reason(["process", "gvisor"], absent, server=Server("sha256:a")) == (
+        f"server: runs on the rung container, offers process, gvisor; {words}"
+    )
+
+
+def test_a_box_that_says_a_great_deal_is_cut_short():
+    assert len(reason(["process"], {"gvisor": "x" * 100_000}, isolation_at_least="gvisor")) < 500
+
+
+def test_a_server_of_ones_own_is_never_placed_where_it_could_not_be_reached():
+    words = reason(["process", "container", "gvisor"], {}, server=Server("sha256:a"), isolation_at_least="gvisor")
+    assert "runs on the rung container alone" in words
 
 
 def test_a_plan_for_nobody_is_empty():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from coordinator.core.deployment import MAX_TEXT_BYTES, Deployment, DeploymentError, Replicas, parse
 from skerry.wire import codec
+from skerry.wire.messages import Server
 
 EXAMPLE = """\
 name: shelf-detector
@@ -26,6 +27,7 @@ disconnect: {lost_after: 60s, replace: true, reconcile: keep_original, stop_on_b
 rollout: {waves: [1, 10%, 100%], success: 0.95, observe: 2m}
 """
 SHORT = "name: a\nmodel: m:1\n"
+IMAGE = f"sha256:{'0a' * 32}"
 
 
 def refused(text: str) -> DeploymentError:
@@ -103,6 +105,27 @@ def test_json_is_taken_as_well():
         ("<<: {split: {mode: edge}}", "<<", 3, "put it in quotes"),
         ("slo: {target: 0.9}\nslo: {target: 0.8}", "slo", 4, "given twice"),
         ("slo:\n  target: 0.9\n  target: 0.8", "slo.target", 5, "given twice"),
+        ("image: worker:latest", "image", 3, "is not an image's id"),
+        (f"image: {IMAGE}0", "image", 3, "is not an image's id"),
+        (f"image: {IMAGE.upper()}", "image", 3, "is not an image's id"),
+        ("server: {port: 8080}", "server.image", 3, "is required"),
+        ("server:\n  image: mlserver", "server.image", 4, "is not an image's id"),
+        (f"server:\n  image: {IMAGE}\n  port: 0", "server.port", 5, ">= 1"),
+        (f"server:\n  image: {IMAGE}\n  port: 65536", "server.port", 5, "<= 65535"),
+        (f"server:\n  image: {IMAGE}\n  model: a/../b", "server.model", 5, "is not a model's name"),
+        (f"server:\n  image: {IMAGE}\n  model: ..", "server.model", 5, "is not a model's name"),
+        (f"server:\n  image: {IMAGE}\n  ports: [1]", "server.ports", 5, "unknown key"),
+        (f"server:\n  image: {IMAGE}\n  argv: start", "server.argv", 5, "expected `array`"),
+        (f"server:\n  image: {IMAGE}\n  argv: [1]", "server.argv[0]", 5, "expected `str`"),
+        (f"server:\n  image: {IMAGE}\n  argv: [{'a, ' * 257}]", "server.argv", 5, "more than 256 entries"),
+        (f"server:\n  image: {IMAGE}\n  argv: ['{'a' * 20_000}']", "server.argv", 5, "16384 bytes"),
+        (f'server:\n  image: {IMAGE}\n  argv: ["a\\0b"]', "server.argv", 5, "NUL"),
+        (f"server:\n  image: {IMAGE}\n  environment: {{'a=b': c}}", "server.environment", 5, "is not a variable's name"),
+        (f'server:\n  image: {IMAGE}\n  environment: {{a: "\\0"}}', "server.environment", 5, "NUL"),
+        (f"image: {IMAGE}\nserver: {{image: '{IMAGE}'}}", "server", 4, "give one of the two"),
+        ("update:\n  strategy: rolling", "update.strategy", 4, "rolling"),
+        ("update:\n  no_room: wait", "update.no_room", 4, "wait"),
+        ("update: recreate", "update", 3, "expected `object`"),
         ("disconnect:\n  lost_after: soon", "disconnect.lost_after", 4, "60s"),
         ("rollout:\n  observe: 2 weeks", "rollout.observe", 4, "60s"),
         ("rollout:\n  waves: [1, [2]]", "rollout.waves[1]", 4, "expected `int | str`"),
@@ -113,6 +136,37 @@ def test_a_mistake_is_named_with_its_key_and_its_line(lines, field, line, word):
     assert (problem.field, problem.line) == (field, line)
     assert word in str(problem)
     assert str(problem).startswith(f"{field}: ")
+
+
+def test_an_image_of_the_workers_own_is_pinned_by_its_id():
+    parsed = parse(SHORT + f"image: {IMAGE}")
+    assert (parsed.image, parsed.server) == (IMAGE, None)
+
+
+def test_a_server_of_ones_own_may_be_given_its_port_model_command_and_environment():
+    text = f"server:\n  image: {IMAGE}\n  port: 9000\n  model: m.v1\n  argv: [serve, --all]\n  environment: {{A_1: 'x = y'}}"
+    assert parse(SHORT + text).server == Server(IMAGE, 9000, "m.v1", ["serve", "--all"], {"A_1": "x = y"})
+    assert parse(SHORT + f"server: {{image: '{IMAGE}'}}").server == Server(IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("lines", "mode"),
+    [
+        ("", "hand_over_if_room"),
+        ("update: {}", "hand_over_if_room"),
+        ("update: {no_room: refuse}", "hand_over"),
+        ("update: {strategy: hand_over, no_room: recreate}", "hand_over_if_room"),
+        ("update: {strategy: recreate}", "recreate"),
+        ("update: {strategy: recreate, no_room: refuse}", "recreate"),
+    ],
+)
+def test_an_update_is_one_of_three_modes(lines, mode):
+    assert parse(SHORT + lines).update == mode
+
+
+def test_a_deployment_that_an_older_version_stored_can_be_read():
+    older = {key: value for key, value in msgspec.to_builtins(parse(SHORT)).items() if key not in ("image", "server", "update")}
+    assert codec.decode(codec.encode(older), Deployment) == parse(SHORT)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-a", "a/b", "../a", "a" * 49, "ä", "a\\n"])
@@ -188,6 +242,7 @@ def test_brackets_in_brackets_are_refused_before_they_cost_time(text):
 
 def test_every_default_can_be_written_out():
     written = "replicas: {per_node: 1}\nplace: {labels: {}, tier: [edge], accelerator: any}\nslo: {deadline_ms: 1000, target: 0.99}"
+    written += "\nupdate: {strategy: hand_over, no_room: recreate}"
     assert parse(SHORT + written) == parse(SHORT)
 
 
@@ -245,9 +300,11 @@ def test_no_value_in_the_place_of_another_raises_anything_but_a_deployment_error
         "name": "a", "model": "m:1", "replicas": {"count": 1}, "place": {"labels": {"a": "b"}, "tier": ["edge"], "accelerator": "any"},
         "resources": {"memory": "1GiB", "cpus": 1, "gpu_memory": 0}, "isolation": {"at_least": "process"},
         "slo": {"deadline_ms": 1, "target": 1}, "split": {"mode": "edge", "cloud_budget": {"requests_per_hour": 1}},
-        "disconnect": {"lost_after": "1s"},
+        "disconnect": {"lost_after": "1s"}, "image": IMAGE, "update": {"strategy": "recreate", "no_room": "refuse"},
+        "server": {"image": IMAGE, "port": 1, "model": "m", "argv": ["a"], "environment": {"A": "b"}},
         "rollout": {"waves": [1]},
     }  # fmt: skip
+    del spec[data.draw(st.sampled_from(["image", "server"]))]
     key = data.draw(st.sampled_from(sorted(spec)))
     if isinstance(spec[key], dict) and data.draw(st.booleans()):
         spec[key][data.draw(st.sampled_from([*sorted(spec[key]), "new"]))] = value

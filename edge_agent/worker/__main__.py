@@ -31,7 +31,7 @@ def main() -> None:
     except lockdown.LockdownFailed as exc:
         sys.exit(_failed(str(exc)))
     # Only now: what is imported starts threads, and Landlock binds the thread that asks for it and those that follow.
-    from edge_agent.worker import serve
+    from edge_agent.worker import frames, serve
     from edge_agent.worker.session import LoadFailed, Session
 
     try:
@@ -40,7 +40,7 @@ def main() -> None:
         else:
             model, warmup = arguments.model, codec.decode(arguments.warmup.encode(), list[WarmupTensor])
         session = Session(model, threads=arguments.threads, warmup=warmup)
-        listener = serve.listen(arguments.socket)
+        listener = frames.listen(arguments.socket)
         confinement = lockdown.before_serving(session.provider)
     except (LoadFailed, codec.Malformed, lockdown.LockdownFailed) as exc:
         sys.exit(_failed(str(exc)))

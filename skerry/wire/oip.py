@@ -399,11 +399,19 @@ def parse_answer(body: Bytes, header_length: str | None) -> InferAnswer:
     return InferAnswer(answer.model_name, answer.model_version, answer.id, answer.parameters, outputs)
 
 
-def render_request(tensors: Sequence[Tensor], *, timeout_us: int = 0) -> tuple[bytes, dict[str, str]]:
-    """A client's request with every tensor in binary, answers wanted in binary too: the body and its HTTP headers."""
+def render_request(tensors: Sequence[Tensor], *, timeout_us: int = 0, outputs: Sequence[str] = ()) -> tuple[bytes, dict[str, str]]:
+    """A client's request with every tensor in binary, answers wanted in binary too: the body and its HTTP headers.
+
+    ``outputs`` names those wanted, all where it is empty.
+    """
     inputs = [
         {"name": t.name, "shape": list(t.shape), "datatype": t.datatype, "parameters": {"binary_data_size": len(t.data)}} for t in tensors
     ]
-    parameters = {"binary_data_output": True} | ({"timeout": timeout_us} if timeout_us else {})
-    head = msgspec.json.encode({"inputs": inputs, "parameters": parameters})
+    request: dict[str, Any] = {
+        "inputs": inputs,
+        "parameters": {"binary_data_output": True} | ({"timeout": timeout_us} if timeout_us else {}),
+    }
+    if outputs:
+        request["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+    head = msgspec.json.encode(request)
     return b"".join([head, *(bytes(t.data) for t in tensors)]), {HEADER_LENGTH: str(len(head)), "Content-Type": BINARY_CONTENT_TYPE}

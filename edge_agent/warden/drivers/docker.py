@@ -1,7 +1,8 @@
 """The ``container`` rung: a program in a container of the box's Docker Engine; with the runtime runsc the ``gvisor`` rung.
 
 No image is needed from anywhere: ours holds nothing but the links of a merged /usr, and the host's interpreter and libraries are
-bound over it read-only (``host_runtime``); a specification may name another image of the engine by its id. The container has no network,
+bound over it read-only (``host_runtime``); a specification may name another image of the engine by its id, or a model server of its own,
+which is two containers (``docker_server``). A container has no network,
 no capability and no way to gain one, a read-only root, the system calls of ``edge_agent.confine``, a user id of its own, bounded memory
 (no swap), processors, processes, log and ``/tmp``, and can write to its socket directory alone.
 
@@ -19,12 +20,11 @@ import socket as sockets
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from edge_agent.confine.policy import FLOOR
-from edge_agent.warden.drivers import docker_profile, host_runtime, probe
+from edge_agent.warden.drivers import docker_profile, docker_server, host_runtime, probe
 from edge_agent.warden.ports import LAST_LINES, MODEL_DIR, SOCKET_DIR, DriverFailed, Ending, LogLines, Sandbox, SandboxSpec, Usage
 from skerry.wire.messages import Rung
 
@@ -43,7 +43,7 @@ GVISOR_ADVICE = "the engine's runtime runsc needs the arguments --host-uds=all a
 NOBODY = 65534
 """Whom a program runs as where its specification leaves that open."""
 
-_OWNER, _NAME, _CONTENTS = "skerry.owner", "skerry.name", "skerry.contents"
+_OWNER, _NAME, _PART, _PARTS, _CONTENTS = "skerry.owner", "skerry.name", "skerry.part", "skerry.parts", "skerry.contents"
 
 
 class _Listed(msgspec.Struct, frozen=True, rename="pascal"):
@@ -52,6 +52,10 @@ class _Listed(msgspec.Struct, frozen=True, rename="pascal"):
     id: str
     state: str
     labels: dict[str, str]
+
+    @property
+    def is_running(self) -> bool:
+        return self.state in ("running", "paused")
 
 
 class _State(msgspec.Struct, frozen=True, rename="pascal"):
@@ -175,23 +179,24 @@ class DockerDriver:
         if not any((image.labels or {}).get(_CONTENTS) == contents for image in present):
             engine.import_image_from_data(tar, IMAGE, IMAGE_TAG, changes=[f"LABEL {_CONTENTS}={contents}"])
 
-    def _create(self, engine: "APIClient", spec: SandboxSpec) -> str:
-        """Make a container, not started; returns its id."""
+    def _host_config(self, engine: "APIClient", spec: SandboxSpec, part: docker_server.Part, *, beside: str) -> dict[str, Any]:
+        """The policy as the engine has it. ``beside`` is the container whose loopback is shared; empty for one of its own."""
         from docker.types import LogConfig, Mount, Ulimit
 
-        if not spec.image:
-            self._ensure_image(engine)
-        uid = spec.uid or NOBODY
-        host_mounts = [] if spec.image else host_runtime.system_mounts()
-        limits = engine.create_host_config(
-            network_mode="none",
+        host_mounts = [] if part.image else host_runtime.system_mounts()
+        own_mounts = [
+            *([Mount(MODEL_DIR, str(spec.model_dir.absolute()), type="bind", read_only=True)] if part.has_model else []),
+            *([Mount(SOCKET_DIR, str(spec.socket_dir.absolute()), type="bind")] if part.has_socket else []),
+        ]
+        config: dict[str, Any] = engine.create_host_config(
+            network_mode=f"container:{beside}" if beside else "none",
             ipc_mode="private",
             read_only=True,
             cap_drop=["ALL"],
-            security_opt=["no-new-privileges:true", f"seccomp={docker_profile.profile(FLOOR, platform.machine())}"],
+            security_opt=["no-new-privileges:true", f"seccomp={docker_profile.profile(part.policy, platform.machine())}"],
             pids_limit=spec.pids_max,
-            mem_limit=spec.memory_bytes,
-            memswap_limit=spec.memory_bytes,  # memory and swap together: no swap
+            mem_limit=part.memory_bytes,
+            memswap_limit=part.memory_bytes,  # memory and swap together: no swap
             nano_cpus=int(spec.cpus * 1_000_000_000),
             ulimits=[
                 Ulimit(name="nofile", soft=spec.files_max, hard=spec.files_max),
@@ -201,29 +206,39 @@ class DockerDriver:
             shm_size=spec.tmp_max_bytes,
             tmpfs={"/tmp": f"size={spec.tmp_max_bytes},mode=1777,nosuid,nodev,noexec"},  # noqa: S108 - the sandbox's own
             # The engine mounts shallow paths first: an installation below /tmp is seen.
-            mounts=[
-                *(Mount(path, path, type="bind", read_only=True) for path in host_mounts),
-                Mount(MODEL_DIR, str(spec.model_dir.absolute()), type="bind", read_only=True),
-                Mount(SOCKET_DIR, str(spec.socket_dir.absolute()), type="bind"),
-            ],
-            device_requests=_device_requests(engine, spec.gpus),
+            mounts=[*(Mount(path, path, type="bind", read_only=True) for path in host_mounts), *own_mounts],
+            device_requests=_device_requests(engine, part.gpus),
             init=True,  # forwards SIGTERM, which a process with pid 1 would not hear
             log_config=LogConfig(type="json-file", config={"max-size": str(spec.log_max_bytes), "max-file": "1"}),
             restart_policy={"Name": "no"},  # the warden decides, with its back-off
             runtime=self._runtime or None,
         )
-        created = engine.create_container(
-            spec.image or f"{IMAGE}:{IMAGE_TAG}",
-            spec.argv,
-            name=f"skerry-{self._owner}-{spec.name}",
-            hostname="sandbox",
-            user=f"{uid}:{uid}",
-            working_dir="/",
-            environment=spec.environment,
-            labels={_OWNER: self._owner, _NAME: spec.name},
-            host_config=limits,
-            use_config_proxy=False,
-        )
+        return config
+
+    def _create(self, engine: "APIClient", spec: SandboxSpec, part: docker_server.Part, *, beside: str, parts: int) -> str:
+        """Make one of the ``parts`` containers of a sandbox, not started; returns its id."""
+        import docker
+
+        if not part.image:
+            self._ensure_image(engine)
+        uid = spec.uid or NOBODY
+        try:
+            created = engine.create_container(
+                part.image or f"{IMAGE}:{IMAGE_TAG}",
+                part.argv[1:] if part.kind != "server" else part.argv or None,
+                # A worker's command is given whole, whatever its image would run; a server's is its image's, with arguments of its own.
+                entrypoint=part.argv[:1] if part.kind != "server" else None,
+                name=f"skerry-{self._owner}-{spec.name}{part.suffix}",
+                hostname=None if beside else "sandbox",
+                user=f"{uid}:{uid}",
+                working_dir=part.working_dir,
+                environment=part.environment,
+                labels={_OWNER: self._owner, _NAME: spec.name, _PART: part.kind, _PARTS: str(parts)},
+                host_config=self._host_config(engine, spec, part, beside=beside),
+                use_config_proxy=False,
+            )
+        except docker.errors.ImageNotFound as exc:
+            raise DriverFailed(f"image {part.image or IMAGE} is not on this box: 'skerry image load' it") from exc
         return msgspec.convert(created, _Created).id
 
     @staticmethod
@@ -255,16 +270,22 @@ class DockerDriver:
     async def start(self, spec: SandboxSpec) -> None:
         """See Driver."""
 
+        parts = docker_server.parts_of(spec, self.rung)
+
         def work(engine: "APIClient") -> None:
-            for listed in self._listed(engine, spec.name):
-                if listed.state in ("running", "paused"):
-                    return
+            present = self._listed(engine, spec.name)
+            if len(present) == len(parts) and all(listed.is_running for listed in present):
+                return
+            for listed in present:
                 self._remove(engine, listed.id)
-            identifier = self._create(engine, spec)
+            made: list[str] = []
             try:
-                engine.start(identifier)
+                for part in parts:
+                    made.append(self._create(engine, spec, part, beside=made[0] if made else "", parts=len(parts)))
+                    engine.start(made[-1])
             except BaseException:
-                self._remove(engine, identifier)
+                for container in made:
+                    self._remove(engine, container)
                 raise
 
         await self._call(work)
@@ -274,7 +295,7 @@ class DockerDriver:
 
         def work(engine: "APIClient") -> None:
             for listed in self._listed(engine, name):
-                if listed.state == "running" and grace_s > 0:
+                if listed.state == "running" and grace_s > 0 and listed.labels.get(_PART) != "relay":
                     engine.stop(listed.id, timeout=math.ceil(grace_s))
                 self._remove(engine, listed.id)
 
@@ -284,14 +305,23 @@ class DockerDriver:
         """See Driver."""
 
         def work(engine: "APIClient") -> list[Sandbox]:
-            found, present = [], self._listed(engine)
+            present = self._listed(engine)
             self._endings = {listed.id: self._endings[listed.id] for listed in present if listed.id in self._endings}
+            by_name: dict[str, list[_Listed]] = {}
             for listed in present:
-                running = listed.state in ("running", "paused")
-                found.append(Sandbox(listed.labels.get(_NAME, ""), None if running else self._ending(engine, listed)))
+                by_name.setdefault(listed.labels.get(_NAME, ""), []).append(listed)
+            found = [Sandbox(name, self._ending_of(engine, parts)) for name, parts in by_name.items()]
             return sorted(found, key=lambda sandbox: sandbox.name)
 
         return await self._call(work)
+
+    def _ending_of(self, engine: "APIClient", parts: list[_Listed]) -> Ending | None:
+        """How a sandbox ended: as its first part that does not run, the relay last. None where all of it runs."""
+        ended = sorted((part for part in parts if not part.is_running), key=lambda part: part.labels.get(_PART) == "relay")
+        if ended:
+            return self._ending(engine, ended[0])
+        whole = int(parts[0].labels.get(_PARTS, "1"))
+        return None if len(parts) == whole else Ending(lines=[f"{len(parts)} of its {whole} containers are there"])
 
     def _ending(self, engine: "APIClient", listed: _Listed) -> Ending:
         """How a sandbox ended. Kept once known: the warden may look many times a second while it waits for another one."""
@@ -318,14 +348,16 @@ class DockerDriver:
 
         def work(engine: "APIClient") -> Usage | None:
             running = [listed.id for listed in self._listed(engine, name) if listed.state == "running"]
-            if not running:
-                return None
-            stats = msgspec.convert(engine.stats(running[0], stream=False, one_shot=True), _Stats)
-            memory = stats.memory_stats
-            cache = memory.stats.get("total_inactive_file", memory.stats.get("inactive_file", 0))  # control groups v1, v2
-            return Usage(memory_bytes=max(0, memory.usage - cache), cpu_seconds=stats.cpu_stats.cpu_usage.total_usage / 1e9)
+            return docker_server.together([self._usage(engine, container) for container in running])
 
         return await self._call(work)
+
+    @staticmethod
+    def _usage(engine: "APIClient", container: str) -> Usage:
+        stats = msgspec.convert(engine.stats(container, stream=False, one_shot=True), _Stats)
+        memory = stats.memory_stats
+        cache = memory.stats.get("total_inactive_file", memory.stats.get("inactive_file", 0))  # control groups v1, v2
+        return Usage(memory_bytes=max(0, memory.usage - cache), cpu_seconds=stats.cpu_stats.cpu_usage.total_usage / 1e9)
 
     async def logs(self, name: str, *, lines: int, after: str = "") -> LogLines:
         """See Driver. A position is the time of the last line, as the engine stamps it: to the nanosecond, in one width."""
@@ -334,10 +366,8 @@ class DockerDriver:
             found = self._listed(engine, name)
             if not found or lines <= 0:
                 return LogLines([])
-            text = engine.logs(found[0].id, stdout=True, stderr=True, stream=False, timestamps=True, tail=lines)
-            stamped = [line.partition(" ") for line in text[-LOG_READ_MAX_BYTES:].decode(errors="replace").splitlines()]
-            new = [(stamp, line) for stamp, _, line in stamped if stamp > after]
-            return LogLines([line for _, line in new], new[-1][0] if new else after)
+            texts = [engine.logs(part.id, stdout=True, stderr=True, stream=False, timestamps=True, tail=lines) for part in found]
+            return docker_server.merged([text[-LOG_READ_MAX_BYTES:].decode(errors="replace") for text in texts], lines=lines, after=after)
 
         return await self._call(work)
 

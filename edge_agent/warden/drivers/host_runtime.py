@@ -35,9 +35,12 @@ def _threads(cpus: float) -> int:
 
 def worker_environment(cpus: float) -> dict[str, str]:
     """All that a worker's environment holds."""
+    return {"PYTHONPATH": str(_OURS), "PYTHONDONTWRITEBYTECODE": "1", **image_environment(cpus)}
+
+
+def image_environment(cpus: float) -> dict[str, str]:
+    """What the environment of a worker in an image of its own holds beside what the image sets: where our code lies is the image's."""
     return {
-        "PYTHONPATH": str(_OURS),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": str(_threads(cpus)),
         "ORT_DISABLE_TELEMETRY": "1",  # else ONNX Runtime keeps a database of events and a thread to send them
         "HOME": "/tmp",  # noqa: S108 - the sandbox's own

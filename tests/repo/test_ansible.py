@@ -1,16 +1,21 @@
 """The Ansible collection: lint's strictest profile, a playbook that parses, and templates that the programs and the broker accept."""
 
+import contextlib
 import datetime
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
+import uuid
 from pathlib import Path
 
+import docker
 import paho.mqtt.client as paho
 import pytest
 import yaml
@@ -26,6 +31,7 @@ from edge_agent.warden.config import Config as WardenConfig
 from skerry.runtime import settings
 from skerry.wire import topics
 from tests.conftest import need
+from tests.contract.test_drivers import docker_socket
 
 ANSIBLE = Path(__file__).resolve().parents[2] / "ansible"
 SYSTEMD = ANSIBLE.parent / "systemd"
@@ -95,6 +101,61 @@ def test_ansible_lint_finds_nothing_at_its_strictest_profile(tmp_path):
 def test_the_playbook_parses_with_the_example_inventory(tmp_path):
     outcome = ansible(tmp_path, "ansible-playbook", "-i", INVENTORY, "--syntax-check", "playbooks/site.yml")
     assert outcome.returncode == 0, outcome.stderr
+
+
+LOAD = """
+- hosts: all
+  connection: local
+  gather_facts: false
+  roles:
+    - sandbox_image
+"""
+
+
+def test_an_image_is_loaded_where_it_is_absent_and_only_there(tmp_path):
+    try:
+        engine = docker.APIClient(f"unix://{docker_socket()}")
+    except docker.errors.DockerException as exc:
+        need("docker", str(exc))
+        raise
+    tag = f"skerry-test-role-{uuid.uuid4().hex[:8]}:1"
+    with contextlib.closing(engine):
+        layer = io.BytesIO()
+        with tarfile.open(fileobj=layer, mode="w") as tar:
+            tar.addfile(tarfile.TarInfo("nothing"))
+        engine.import_image_from_data(layer.getvalue(), *tag.split(":"))
+        pinned = engine.inspect_image(tag)["Id"]
+        (tmp_path / "saved.tar").write_bytes(b"".join(engine.get_image(tag)))
+        engine.remove_image(tag, force=True)
+        (tmp_path / "root" / "current" / "bin").mkdir(parents=True)
+        (tmp_path / "root" / "current" / "bin" / "skerry").symlink_to(tool("skerry"))
+        (tmp_path / "load.yml").write_text(LOAD)
+        (tmp_path / "roles").symlink_to(ANSIBLE / "roles")
+
+        def load(identifier: str, *options: str) -> subprocess.CompletedProcess[str]:
+            given = {
+                "sandbox_image_archives": [{"id": identifier, "archive": str(tmp_path / "saved.tar")}],
+                "sandbox_image_docker_socket": str(docker_socket()),
+                "sandbox_image_root": str(tmp_path / "root"),
+                "sandbox_image_staging": str(tmp_path),
+                "ansible_python_interpreter": sys.executable,
+            }
+            words = ["-i", "box,", "-e", json.dumps(given), *options, tmp_path / "load.yml"]
+            return ansible(tmp_path / "home", "ansible-playbook", *words)
+
+        try:
+            for options, changed in ((["--check"], 0), ([], 1), ([], 0)):
+                outcome = load(pinned, *options)
+                assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+                if not options:
+                    assert ("changed=0" in outcome.stdout) == (not changed), outcome.stdout
+                    assert engine.inspect_image(pinned)["RepoTags"] == [tag]
+            outcome = load(f"sha256:{'0' * 64}")
+            assert outcome.returncode != 0
+            assert "does not hold" in outcome.stdout
+            assert list(tmp_path.glob("skerry-sha256-*")) == [], "no archive stays on the box"
+        finally:
+            engine.remove_image(tag, force=True)
 
 
 @pytest.fixture(scope="module")

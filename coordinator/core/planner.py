@@ -267,7 +267,7 @@ def _why(node: Node, spec: Deployment) -> str:
 
 def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
     """The replica's specification. Its generation moves only when something else of its sandbox does, so that nothing restarts for nothing:
-    how it will be updated one day, and the deadline, are not of the sandbox."""
+    how it will be updated one day is not of the sandbox."""
     assert want.model is not None  # noqa: S101 - for the type checker
     spec = want.spec
     new = ReplicaSpec(
@@ -280,11 +280,10 @@ def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
         gpu_memory_bytes=spec.gpu_memory_bytes,
         isolation_at_least=least_rung(spec),
         update=spec.update,
-        deadline_ms=spec.deadline_ms,
         image=spec.image,
         server=spec.server,
     )
-    if old is not None and msgspec.structs.replace(old, generation=new.generation, update=new.update, deadline_ms=new.deadline_ms) == new:
+    if old is not None and msgspec.structs.replace(old, generation=new.generation, update=new.update) == new:
         return msgspec.structs.replace(new, generation=old.generation)
     return new
 

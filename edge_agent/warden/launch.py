@@ -4,13 +4,15 @@ import asyncio
 import os
 from pathlib import Path
 
+import msgspec
+
 from edge_agent.core.pool import Kind
 from edge_agent.warden.drivers import host_runtime
 from edge_agent.warden.ports import CONTROL_NAME, SOCKET_NAME, Driver, SandboxSpec
 from edge_agent.warden.slots import Slot, Slots
 from skerry.runtime import unix_socket
 from skerry.wire import codec, ipc
-from skerry.wire.messages import RUNGS, ReplicaSpec, WarmupTensor
+from skerry.wire.messages import RUNGS, ReplicaSpec, Server, WarmupTensor
 
 HELLO_TIMEOUT_S = 2.0
 TELL_TIMEOUT_S = 2.0
@@ -54,8 +56,15 @@ def sandbox_spec(name: str, slot: Slot, slots: Slots) -> SandboxSpec:
         uid=slot.uid,
         gpus=[slot.gpu] if slot.gpu else [],
         image=kind.image,
-        server=replica.server if replica is not None else None,
+        server=_server_of(replica),
     )
+
+
+def _server_of(replica: ReplicaSpec | None) -> Server | None:
+    """The server of one's own, if any; it knows the model by the deployment's name for it, where it was given no other."""
+    if replica is None or replica.server is None:
+        return None
+    return msgspec.structs.replace(replica.server, model=replica.server.model or replica.model.name)
 
 
 def is_waiting(socket_dir: Path) -> bool:

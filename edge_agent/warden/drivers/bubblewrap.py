@@ -39,6 +39,7 @@ OOM_SCORE_ADJUST = 500
 """When memory runs out, the kernel ends a worker before it ends one of the box's own programs."""
 START_TIMEOUT_S = 10.0
 START_POLL_S = 0.001
+REPORT_WITHIN_S = 10.0
 ADDRESS_SPACE_SLACK_BYTES = 2 * 1024**3
 """Address space that an interpreter with ONNX Runtime reserves and never touches; RLIMIT_AS counts it all the same."""
 
@@ -71,6 +72,14 @@ def _children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def _reported_pid(status: Path) -> int:
+    """The pid, outside, of a sandbox's init, which bubblewrap writes as its first line of JSON. Raises OSError, ValueError."""
+    for line in status.read_text().splitlines():
+        with contextlib.suppress(msgspec.DecodeError, KeyError):
+            return int(msgspec.json.decode(line, type=dict[str, int])["child-pid"])
+    raise ValueError("no pid is reported")
 
 
 def _limit_resources(spec: SandboxSpec, groups: list[Path], *, is_root: bool) -> None:
@@ -129,7 +138,6 @@ class BubblewrapDriver:
         await self.stop(spec.name, grace_s=0)
         folder = self._run_dir / spec.name
         folder.mkdir(parents=True)
-        (folder / "socket_dir").write_text(str(spec.socket_dir.resolve()))  # how a sandbox whose warden died at this very moment is known
         try:
             groups = self._make_group(spec)
             command = bubblewrap_command.arguments(spec, is_root=self._is_root)
@@ -173,12 +181,11 @@ class BubblewrapDriver:
             )
 
     async def _child_pid(self, folder: Path) -> int:
-        """The pid, outside, of the sandbox's init, which bubblewrap writes as its first line of JSON. Raises ValueError."""
+        """The pid, outside, of the sandbox's init. Raises ValueError."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            for line in (folder / "status").read_text().splitlines():
-                with contextlib.suppress(msgspec.DecodeError, KeyError):
-                    return int(msgspec.json.decode(line, type=dict[str, int])["child-pid"])
+            with contextlib.suppress(ValueError):
+                return _reported_pid(folder / "status")
             if (folder / "log").stat().st_size and not (folder / "status").stat().st_size:
                 break  # nobody but bubblewrap itself can have written there before it had a child
             await asyncio.sleep(START_POLL_S)
@@ -235,16 +242,19 @@ class BubblewrapDriver:
             await asyncio.sleep(0.005)
 
     def _end_unregistered(self, name: str) -> None:
-        """Kill a sandbox whose warden died between starting it and writing its handle, known by the socket directory it has."""
-        try:
-            socket_dir = (self._run_dir / name / "socket_dir").read_text()
-        except OSError:
-            return
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    if Path(entry / "comm").read_text() == "bwrap\n" and f" {socket_dir} " in (entry / "mountinfo").read_text():
-                        os.kill(int(entry.name), signal.SIGKILL)
+        """Kill a sandbox whose warden died between starting it and writing its handle, by the pid that bubblewrap itself wrote.
+
+        A pid may be another process's by now: it counts only for a bubblewrap that began when the report of it was written.
+        """
+        status = self._run_dir / name / "status"
+        with contextlib.suppress(OSError, ValueError):
+            pid = _reported_pid(status)
+            stat = _process_stat(pid)
+            if stat is None or Path(f"/proc/{pid}/comm").read_text() != "bwrap\n":
+                return
+            began_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(stat[19]) / _CLOCK_TICKS
+            if abs(began_s - status.stat().st_mtime) < REPORT_WITHIN_S:
+                os.kill(pid, signal.SIGKILL)
 
     async def sandboxes(self) -> list[Sandbox]:
         """See Driver."""

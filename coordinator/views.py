@@ -222,7 +222,7 @@ def _placement(node: str, replica: str, reason: str, spec: ReplicaSpec | None, r
         node=node,
         replica=replica,
         reason=reason,
-        phase=report.phase,
+        phase=report.state,
         is_current=is_current,
         status=report.reason,
         driver=report.driver,

@@ -71,7 +71,7 @@ def _of_a_node(node: NodeView) -> Iterable[Trouble]:
     for replica in node.replicas:
         if replica.phase in ("backoff", "failed"):
             level: Level = "bad" if replica.phase == "failed" else "warn"
-            yield Trouble(level, node.id, href, f"{replica.name} {replica.phase}: {replica.reason or 'no reason given'}")
+            yield Trouble(level, node.id, href, f"{replica.name} {replica.state.replace('_', ' ')}: {replica.reason or 'no reason given'}")
 
 
 def _of_a_deployment(view: DeploymentView, now_ms: int) -> Iterable[Trouble]:

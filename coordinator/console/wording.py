@@ -46,6 +46,7 @@ PHASE_MARKS: dict[str, Mark] = {
     "draining": Mark("busy", "◑", "draining"),
     "backoff": Mark("warn", "▲", "backing off"),
     "failed": Mark("bad", "✕", "failed"),
+    "crash_loop": Mark("bad", "✕", "crash loop"),
 }
 SYMBOLS: dict[Level, str] = {"good": "●", "busy": "◐", "warn": "▲", "bad": "✕", "idle": "○"}
 _EVENT_ENDINGS: dict[str, Level] = {

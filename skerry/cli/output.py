@@ -16,7 +16,7 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 STATES = {"online": "[green]● online[/]", "offline": "[red]○ silent[/]", "new": "[yellow]◌ new[/]"}
-PHASES = {"ready": "[green]ready[/]", "failed": "[red]failed[/]", "backoff": "[yellow]backoff[/]"}
+PHASES = {"ready": "[green]ready[/]", "crash_loop": "[red]crash loop[/]", "failed": "[red]failed[/]", "backoff": "[yellow]backoff[/]"}
 
 
 def print_json(value: object) -> None:
@@ -74,10 +74,9 @@ def print_node(node: NodeView) -> None:
         console.print(f"  [red]refused:[/] {escape(node.refused)}")
     table = _table("replica", "phase", "sandbox", "provider", "restarts", "reason")
     for replica in node.replicas:
-        phase = PHASES.get(replica.phase, replica.phase)
-        table.add_row(
-            replica.name, phase, f"{replica.driver} ({replica.rung})", replica.provider, str(replica.restarts), escape(replica.reason)
-        )
+        phase = PHASES.get(replica.state, replica.state)
+        sandbox = f"{replica.driver} ({replica.rung}{', warm' if replica.is_warm else ''}; limits: {replica.limits or 'none'})"
+        table.add_row(replica.name, phase, sandbox, replica.provider, str(replica.restarts), escape(replica.reason))
     console.print(table)
     for stream in node.streams:
         console.print(

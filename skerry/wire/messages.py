@@ -163,6 +163,11 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     is_warm: bool = False
     """Whether it was started ahead and only had to load the model."""
 
+    @property
+    def state(self) -> str:
+        """The phase, or ``crash_loop`` where it is not tried again."""
+        return "crash_loop" if self.is_crash_loop else self.phase
+
 
 class Reported(msgspec.Struct, frozen=True):
     """The box's answer to the desired document of ``generation``; ``refused`` names a document that it would not take."""

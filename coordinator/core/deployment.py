@@ -272,8 +272,9 @@ def _checked(spec: Spec) -> Deployment:
     if spec.place.accelerator not in ("any", "gpu", "none"):
         raise DeploymentError(f"{spec.place.accelerator[:40]!r} is not one of any, gpu, none", field="place.accelerator")
     memory_bytes = _size(spec.resources.memory, "resources.memory")
-    if memory_bytes < 64 * 2**20:
-        raise DeploymentError("a worker needs 64MiB at the least", field="resources.memory")
+    who, least_mib = ("a worker needs", 64) if spec.server is None else ("a server of one's own and its relay need", 128)
+    if memory_bytes < least_mib * 2**20:
+        raise DeploymentError(f"{who} {least_mib}MiB at the least", field="resources.memory")
     _check_durations(spec)
     _check_images(spec)
     return Deployment(

@@ -123,6 +123,7 @@ def test_json_is_taken_as_well():
         (f"server:\n  image: {IMAGE}\n  environment: {{'a=b': c}}", "server.environment", 5, "is not a variable's name"),
         (f'server:\n  image: {IMAGE}\n  environment: {{a: "\\0"}}', "server.environment", 5, "NUL"),
         (f"image: {IMAGE}\nserver: {{image: '{IMAGE}'}}", "server", 4, "give one of the two"),
+        (f"resources:\n  memory: 127MiB\nserver: {{image: '{IMAGE}'}}", "resources.memory", 4, "128MiB at the least"),
         ("update:\n  strategy: rolling", "update.strategy", 4, "rolling"),
         ("update:\n  no_room: wait", "update.no_room", 4, "wait"),
         ("update: recreate", "update", 3, "expected `object`"),

@@ -266,8 +266,10 @@ def _why(node: Node, spec: Deployment) -> str:
 
 
 def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
-    """The replica's specification. Its generation moves only when something else of its sandbox does, so that nothing restarts for nothing:
-    how it will be updated one day is not of the sandbox."""
+    """The replica's specification: the old one for as long as nothing of its sandbox changes, so that nothing restarts for nothing.
+
+    How it is to be updated counts once there is an update, and comes with it.
+    """
     assert want.model is not None  # noqa: S101 - for the type checker
     spec = want.spec
     new = ReplicaSpec(
@@ -284,7 +286,7 @@ def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
         server=spec.server,
     )
     if old is not None and msgspec.structs.replace(old, generation=new.generation, update=new.update) == new:
-        return msgspec.structs.replace(new, generation=old.generation)
+        return old
     return new
 
 

@@ -40,9 +40,7 @@ def sandbox_spec(name: str, slot: Slot, slots: Slots) -> SandboxSpec:
     """The policy of the sandbox in ``slot``: of its replica, or of its kind where it is warm."""
     kind, replica = slot.kind, slot.replica
     argv = host_runtime.worker_argv(kind.cpus, interpreter=IMAGE_INTERPRETER) if kind.image else host_runtime.worker_argv(kind.cpus)
-    environment = host_runtime.worker_environment(kind.cpus)
-    if kind.image:
-        del environment["PYTHONPATH"]
+    environment = host_runtime.image_environment(kind.cpus) if kind.image else host_runtime.worker_environment(kind.cpus)
     if replica is not None:
         argv = host_runtime.with_model(argv, replica.model.warmup)
     return SandboxSpec(

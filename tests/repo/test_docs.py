@@ -37,7 +37,7 @@ SETTINGS = {
     "Coordinator": CoordinatorConfig,
     "Broker": Broker,
 }
-EVENT_CALLS = {"_say": 0, "say_event": 0, "add": 0, "add_event": 0, "add_own_event": 2}
+EVENT_CALLS = {"say": 0, "_say": 0, "say_event": 0, "add": 0, "add_event": 0, "add_own_event": 2}
 """Functions that write an event, and which argument is its kind."""
 KIND = re.compile(r"[a-z]+\.[a-z_]+")
 PLACEHOLDER = re.compile(r"\*|(?:^|/)[A-Z]{2,}(?:/|\.py|$)")

@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 import time
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from skerry.wire import ipc, oip
 from skerry.wire.messages import Server
 from tests.conftest import need
 from tests.contract.test_drivers import docker_socket, spec_of
+from tests.e2e.world import running as running_fleet
+from tests.e2e.world import wait_until
 from tests.integration.test_worker import Client
 
 ROOT = Path(__file__).parents[2]
@@ -400,3 +403,26 @@ def test_a_worker_of_an_image_is_a_sandbox_like_any_other(box, worker_image):
         _, body = worker.call([X])
         assert np.frombuffer(body, "<f4").tolist() == [2.0, 4.0, 6.0]
         assert "seccomp" in worker.hello.confinement
+
+
+def test_a_fleet_serves_from_images_that_a_deployment_names_and_says_which_it_lacks(server_image, worker_image, scale_model):
+    place = "place: {labels: {site: store-1}}\nsplit: {mode: edge}\nresources: {memory: 512MiB}\n"
+    with running_fleet(drivers=("docker",)) as world:
+        world.push(scale_model, "scale")
+        world.deploy(f"name: own\nmodel: scale:1\n{place}server: {{image: '{server_image}', model: scale}}\n")
+        world.deploy(f"name: ours\nmodel: scale:1\n{place}image: '{worker_image.id}'\n")
+        world.deploy(f"name: lacks\nmodel: scale:1\n{place}server: {{image: '{ABSENT}'}}\n")
+        for name in ("own", "ours"):
+            view = world.wait_ready(name, 120)
+            assert [(p.driver, p.rung, p.is_current) for p in view.placements] == [("docker", "container", True)]
+            body, headers = oip.render_request([X])
+            url = f"{world.box('store-1').gateway_url}/v2/models/{name}/infer"
+            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=20) as reply:
+                answer = oip.parse_answer(reply.read(), reply.headers[oip.HEADER_LENGTH])
+                assert reply.headers["Skerry-Served-By"] == "edge"
+            assert np.frombuffer(answer.outputs[0].data, "<f4").tolist() == [2.0, 4.0, 6.0]
+
+        def word() -> str:
+            return " ".join(placement.status for placement in world.deployment("lacks").placements)
+
+        wait_until(lambda: f"image {ABSENT} is not on this box" in word(), 30, word)

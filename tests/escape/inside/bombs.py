@@ -1,0 +1,194 @@
+"""Programs that a sandbox runs alone, judged from outside: what they do may end it. Each prints how far it came.
+
+Each stops by itself: after a number of forks, at a size, or when its time is over.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+from .verdict import World
+
+MIB = 2**20
+MOST_FORKS = 2000
+MOST_MIB = 4096
+LIFE_S = 15
+
+
+def tell(**facts: object) -> None:
+    """A line for the judge outside."""
+    print(json.dumps(facts), flush=True)
+
+
+def fork_bomb(_: World) -> None:
+    """Every process forks without end. All die by their alarm."""
+    life_s = 6
+    count = mmap.mmap(-1, 8)
+    signal.alarm(life_s)
+    began = time.monotonic()
+    first = os.getpid()
+    refused = ""
+    while time.monotonic() - began < life_s - 3:
+        made = int.from_bytes(count[:8], "little")
+        if made >= MOST_FORKS:
+            break
+        try:
+            pid = os.fork()
+        except OSError as exc:
+            refused = exc.strerror or "refused"
+            time.sleep(0.05)
+            continue
+        if pid == 0:
+            signal.alarm(life_s)
+        else:
+            count[:8] = (int.from_bytes(count[:8], "little") + 1).to_bytes(8, "little")
+    if os.getpid() == first:
+        tell(forks=int.from_bytes(count[:8], "little"), refused=refused)
+    time.sleep(2)
+    os._exit(0)
+
+
+def memory_bomb(_: World) -> None:
+    """Touches memory without end."""
+    taken = []
+    for step in range(MOST_MIB // 32):
+        try:
+            taken.append(bytearray(b"x") * (32 * MIB))
+        except MemoryError:
+            tell(mib=step * 32, refused="MemoryError")
+            return
+        tell(mib=(step + 1) * 32)
+
+
+def memory_bomb_of_many(_: World) -> None:
+    """Eight processes that each touch 256 MiB and hold it, as a limit for one process does not count them together."""
+    read_fd, write_fd = os.pipe()
+    for _number in range(8):
+        if os.fork() == 0:
+            with contextlib.suppress(MemoryError):
+                taken = []
+                for _step in range(8):
+                    taken.append(bytearray(b"x") * (32 * MIB))
+                    os.write(write_fd, b"x")
+                time.sleep(4)
+            os._exit(0)
+    os.close(write_fd)
+    mib = 0
+    while os.read(read_fd, 1):
+        mib += 32
+        tell(mib=mib)
+    tell(mib=mib, refused="a part of it failed" if mib < 2048 else "")
+
+
+def memory_files(_: World) -> None:
+    """Keeps memory in files without a name, which no limit of an address space counts."""
+    files, mib = [], 0
+    with contextlib.suppress(OSError):
+        while mib < 1536:
+            files.append(os.memfd_create("bomb"))
+            for _step in range(48):
+                os.write(files[-1], b"x" * MIB)
+                mib += 1
+            tell(mib=mib)
+    tell(mib=mib, refused="" if mib >= 1536 else "refused")
+
+
+def log_flood(_: World) -> None:
+    """Writes 24 MiB to its standard output."""
+    line = b"x" * 1023 + b"\n"
+    for _step in range(24 * 1024):
+        os.write(1, line)
+
+
+def cpu_hog(_: World) -> None:
+    """Two processes that compute."""
+    signal.alarm(LIFE_S)
+    if os.fork() == 0:
+        signal.alarm(LIFE_S)
+    else:
+        tell(spinning=True)
+    while True:
+        pass
+
+
+def ignored_signals(_: World) -> None:
+    """Ignores every signal that can be."""
+    for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_IGN)
+    tell(ready=True)
+    time.sleep(LIFE_S)
+
+
+def daemon(world: World) -> None:
+    """Leaves its session and its parent twice, ignores signals, and goes on writing to a file."""
+    if os.fork() == 0:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        if os.fork() == 0:
+            beat = Path(world.socket_dir) / "beat"
+            ends = time.monotonic() + LIFE_S
+            while time.monotonic() < ends:
+                beat.write_text(str(time.monotonic()))
+                time.sleep(0.02)
+        os._exit(0)
+    tell(ready=True)
+    time.sleep(LIFE_S)
+
+
+def obstruct(world: World) -> None:
+    """Puts folders, deep and closed to others, where its socket and all its scratch files would be."""
+    for name in ("worker.sock", "worker.sock.new"):
+        folder = Path(world.socket_dir) / name
+        folder.mkdir()
+        (folder / "inner").mkdir()
+        at = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            for _step in range(1200):  # deeper than a recursion in Python goes
+                os.mkdir("d", dir_fd=at)
+                inner = os.open("d", os.O_RDONLY, dir_fd=at)
+                os.close(at)
+                at = inner
+        (folder / "inner").chmod(0)
+    tell(ready=True)
+    time.sleep(LIFE_S)
+
+
+def neighbour(world: World) -> None:
+    """A replica that does nothing wrong: it listens where a worker would, and counts who comes."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        path = Path(world.socket_dir) / "worker.sock"
+        listener.bind(str(path))
+        path.chmod(0o666)
+        listener.listen()
+        tell(ready=True)
+        visits = 0
+        while True:
+            connection, _ = listener.accept()
+            visits += 1
+            tell(visits=visits)
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"reached")
+
+
+PROGRAMS = {
+    program.__name__.replace("_", "-"): program
+    for program in (
+        fork_bomb,
+        memory_bomb,
+        memory_bomb_of_many,
+        memory_files,
+        log_flood,
+        cpu_hog,
+        ignored_signals,
+        daemon,
+        obstruct,
+        neighbour,
+    )
+}

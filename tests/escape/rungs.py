@@ -1,0 +1,58 @@
+"""The rungs that the suite climbs, each with its real driver."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
+from edge_agent.warden.drivers.docker import DockerDriver
+from edge_agent.warden.ports import Driver
+
+RUNGS = ("process", "container", "gvisor")
+OWNER = f"escape-{os.getpid()}"
+
+
+def docker_socket() -> Path:
+    """The engine for the tests: SKERRY_DOCKER_SOCKET, DOCKER_HOST, or the machine's own."""
+    host = os.environ.get("DOCKER_HOST", "").removeprefix("unix://")
+    return Path(os.environ.get("SKERRY_DOCKER_SOCKET") or host or "/var/run/docker.sock")
+
+
+def driver_of(rung: str, run_dir: Path) -> Driver:
+    """The driver that makes sandboxes of ``rung``; not yet probed."""
+    if rung == "process":
+        return BubblewrapDriver(run_dir)
+    return DockerDriver(run_dir, socket=docker_socket(), runtime="runsc" if rung == "gvisor" else "", owner=OWNER)
+
+
+@functools.cache
+def absence(rung: str) -> str:
+    """Why a rung can't be climbed here; asked once, since it takes a sandbox to know."""
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(driver_of(rung, Path(folder)).probe())
+
+
+def log_bytes(rung: str, run_dir: Path, name: str) -> int:
+    """What a sandbox's log takes on the disk, all files together."""
+    if rung == "process":
+        return sum(path.stat().st_size for path in (run_dir / name).rglob("*log*") if path.is_file())
+    import docker
+
+    with contextlib.closing(docker.APIClient(f"unix://{docker_socket()}")) as engine:
+        path = Path(engine.inspect_container(f"skerry-{OWNER}-{name}")["LogPath"])
+        return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
+def lines_of_json(lines: list[str]) -> list[dict[str, object]]:
+    """The lines that are JSON objects; what else a sandbox writes is passed over."""
+    found = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found

@@ -1,0 +1,199 @@
+"""Attempts that need a sandbox of their own, or a look from outside: what they use up, and whether they can be ended."""
+
+import asyncio
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from edge_agent.warden.ports import DriverFailed
+from tests.escape import rungs
+from tests.escape.inside.verdict import Attempt, Verdict
+from tests.escape.stage import Stage, host_processes
+
+MIB = 2**20
+SMALL_BYTES = 256 * MIB
+SLACK_MIB = 64
+LOG_BYTES = 1 * MIB
+PROCESS_SLACK = 150
+"""Threads that come and go on the machine besides, and those that a driver needs itself."""
+GRACE_S = 1.0
+
+Scene = Callable[[Stage], Awaitable[Verdict]]
+SCENES: dict[str, tuple[Attempt, Scene]] = {}
+
+
+def scene(group: str) -> Callable[[Scene], Scene]:
+    """Register a scene as an attempt, named for itself."""
+
+    def register(play: Scene) -> Scene:
+        name = play.__name__.replace("_", "-")
+        SCENES[name] = (Attempt(name, group, (play.__doc__ or "").splitlines()[0], _elsewhere, killed_ok=False), play)
+        return play
+
+    return register
+
+
+def _elsewhere(_: object) -> Verdict:
+    raise AssertionError("this attempt is judged from outside")
+
+
+class Broken(Exception):
+    """The attempt did not get as far as to try anything."""
+
+
+def _number(lines: list[dict[str, object]], key: str) -> int:
+    return max((int(str(line[key])) for line in lines if key in line), default=0)
+
+
+@scene("exhaustion")
+async def fork_bomb(stage: Stage) -> Verdict:
+    """Forks without end in every process; held where the machine's processes stay bounded and it can go on."""
+    before = peak = host_processes()
+    async with stage.sandbox("bomb", "fork-bomb") as spec:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not any("forks" in line for line in await stage.said("bomb")):
+            peak = max(peak, host_processes())
+            subprocess.run(["/bin/true"], check=True)
+            if await stage.ended("bomb") is not None:
+                break
+            await asyncio.sleep(0.1)
+        forks = _number(await stage.said("bomb"), "forks")
+        grown, bound = peak - before, spec.pids_max + PROCESS_SLACK
+        over = await stage.ended("bomb")
+    if not forks and over is None:
+        raise Broken("the bomb said nothing")
+    how = f"at most {grown} more processes on the machine, {spec.pids_max} are allowed"
+    return Verdict(grown <= bound, how if grown <= bound else f"{how}; {forks} forks went through")
+
+
+async def _memory(stage: Stage, program: str) -> Verdict:
+    """Held where the program got no more than its limit and a little, whatever ended it."""
+    async with stage.sandbox("bomb", program, memory_bytes=SMALL_BYTES):
+        lines = await stage.wait_said("bomb", "refused", within_s=30)
+        ended = await stage.ended("bomb")
+    mib, allowed = _number(lines, "mib"), SMALL_BYTES // MIB
+    if not mib:
+        raise Broken(f"the bomb said nothing: {ended}")
+    refused = next((str(line["refused"]) for line in lines if line.get("refused")), "")
+    end = refused or (ended if ended and "memory" in ended.lower() else "killed" if ended else "no end")
+    return Verdict(mib <= allowed + SLACK_MIB, f"{end[:60]} after {mib} MiB of {allowed}")
+
+
+@scene("exhaustion")
+async def memory_bomb(stage: Stage) -> Verdict:
+    """Touches memory without end in one process; held where it gets no more than it may."""
+    return await _memory(stage, "memory-bomb")
+
+
+@scene("exhaustion")
+async def memory_bomb_of_many(stage: Stage) -> Verdict:
+    """Touches memory in eight processes, each below the limit; held where they get no more together."""
+    return await _memory(stage, "memory-bomb-of-many")
+
+
+@scene("exhaustion")
+async def memory_files(stage: Stage) -> Verdict:
+    """Keeps memory in files without a name (memfd); held where they count like other memory."""
+    return await _memory(stage, "memory-files")
+
+
+@scene("exhaustion")
+async def log_flood(stage: Stage) -> Verdict:
+    """Writes 24 MiB to its output; held where the log on the disk keeps to its bound."""
+    async with stage.sandbox("flood", "log-flood", log_max_bytes=LOG_BYTES):
+        deadline = time.monotonic() + 30
+        most = 0
+        while time.monotonic() < deadline and await stage.ended("flood") is None:
+            most = max(most, rungs.log_bytes(stage.rung, stage.run_dir, "flood"))
+            await asyncio.sleep(0.05)
+        most = max(most, rungs.log_bytes(stage.rung, stage.run_dir, "flood"))
+    if not most:
+        raise Broken("there is no log")
+    return Verdict(most <= 2 * LOG_BYTES + 64 * 1024, f"{most / MIB:.1f} MiB on the disk, {LOG_BYTES / MIB:.0f} allowed")
+
+
+@scene("exhaustion")
+async def processor_hog(stage: Stage) -> Verdict:
+    """Computes in two processes; held where they get no more processor time than half a core has."""
+    cpus, measured_s = 0.5, 3.0
+    async with stage.sandbox("hog", "cpu-hog", cpus=cpus):
+        if not any("spinning" in line for line in await stage.wait_said("hog", "spinning")):
+            raise Broken(f"the hog said nothing: {await stage.ended('hog')}")
+        began, before = time.monotonic(), await stage.driver.stats("hog")
+        await asyncio.sleep(measured_s)
+        after, took_s = await stage.driver.stats("hog"), time.monotonic() - began
+    if before is None or after is None:
+        raise Broken("the hog ended by itself")
+    used = (after.cpu_seconds - before.cpu_seconds) / took_s
+    return Verdict(used <= cpus * 1.4, f"{used:.1f} cores used, {cpus} allowed")
+
+
+@scene("ending")
+async def ignored_signals(stage: Stage) -> Verdict:
+    """Ignores every signal; held where a stop ends it soon after its grace."""
+    async with stage.sandbox("stubborn", "ignored-signals"):
+        if not any("ready" in line for line in await stage.wait_said("stubborn", "ready")):
+            raise Broken(f"it said nothing: {await stage.ended('stubborn')}")
+        began = time.monotonic()
+        await stage.driver.stop("stubborn", grace_s=GRACE_S)
+        took_s = time.monotonic() - began
+        left = [sandbox.name for sandbox in await stage.driver.sandboxes()]
+    held = took_s < GRACE_S + 3 and "stubborn" not in left
+    return Verdict(held, "killed when its grace was over" if held else f"took {took_s:.1f} s")
+
+
+@scene("ending")
+async def daemon(stage: Stage) -> Verdict:
+    """Leaves a process behind in a session of its own; held where a stop leaves none of it."""
+    beat = stage.socket_dir("daemon") / "beat"
+    async with stage.sandbox("daemon", "daemon"):
+        if not any("ready" in line for line in await stage.wait_said("daemon", "ready")):
+            raise Broken(f"it said nothing: {await stage.ended('daemon')}")
+        deadline = time.monotonic() + 10
+        while not beat.exists() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if not beat.exists():
+            raise Broken("the daemon never came up")
+        await stage.driver.stop("daemon", grace_s=GRACE_S)
+        last = beat.read_text() if beat.exists() else ""
+        await asyncio.sleep(0.5)
+        alive = beat.exists() and beat.read_text() != last
+    return Verdict(not alive, "it writes on after the stop" if alive else "ended with its sandbox")
+
+
+@scene("ending")
+async def obstructing_the_next_start(stage: Stage) -> Verdict:
+    """Puts deep, closed folders where its socket would be, so that its successor can't start; held where it starts."""
+    async with stage.sandbox("obstruct", "obstruct"):
+        if not any("ready" in line for line in await stage.wait_said("obstruct", "ready")):
+            raise Broken(f"it said nothing: {await stage.ended('obstruct')}")
+    try:
+        async with stage.sandbox("obstruct", "neighbour"):
+            lines = await stage.wait_said("obstruct", "ready")
+            ended = await stage.ended("obstruct")
+    except (DriverFailed, OSError, RecursionError) as exc:
+        return Verdict(False, f"the next start failed: {type(exc).__name__}")
+    held = any("ready" in line for line in lines)
+    return Verdict(held, "the next start works" if held else f"the next start ended: {ended}"[:120])
+
+
+def _setuid_owner(stage: Stage) -> str:
+    path = stage.socket_dir("quiet") / "setuid"
+    if not path.exists():
+        return ""
+    found = path.stat()
+    return "the file is setuid and root's outside" if found.st_mode & 0o4000 and found.st_uid == 0 else ""
+
+
+AFTERMATH: dict[str, Callable[[Stage], str]] = {
+    "signal-a-process": lambda stage: "" if stage.victim_lives() else "the process outside is gone",
+    "making-a-setuid-file": _setuid_owner,
+    "write-to-a-neighbours-socket-directory": lambda stage: _stray(stage.socket_dir("neighbour")),
+}
+"""What is looked at outside once the attempts are over: why one was not held, whatever it says itself; empty where it was."""
+
+
+def _stray(folder: Path) -> str:
+    strange = {path.name for path in folder.iterdir()} - {"worker.sock"}
+    return "a strange file lies in the neighbour's directory" if strange else ""

@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 from coordinator.model_store import ModelStore
 from edge_agent.gateway.connection import HELLO_TIMEOUT_S, ReplicaLost, WorkerConnection
-from edge_agent.warden.reconcile import read_hello
+from edge_agent.warden.launch import read_hello
 from edge_agent.warden.store import Store, StoreFailed
 from skerry.wire import codec, ipc, oip
 from skerry.wire.messages import ModelRef
@@ -74,7 +75,7 @@ def _plain(text: str, path: Path) -> str:
 
 async def _contained(stage: Stage, name: str) -> Verdict:
     """Held where the caller got an error, in bounded time and memory."""
-    path = stage.socket_dir("hostile") / f"{name}.sock"
+    path = stage.socket_dir("hostile") / name / "worker.sock"
     if not path.exists():
         raise Broken("the hostile worker has no such socket")
     began = time.monotonic()
@@ -88,9 +89,11 @@ async def _contained(stage: Stage, name: str) -> Verdict:
     return Verdict(bool(how), how or "the answer was believed")
 
 
-async def _not_followed(stage: Stage, name: str) -> Verdict:
+async def _not_followed(stage: Stage, name: str, refused: dict[str, str]) -> Verdict:
     """Held where neither program went to what the link points at."""
-    path = stage.socket_dir("hostile") / f"{name}.sock"
+    path = stage.socket_dir("hostile") / name / "worker.sock"
+    if name in refused:
+        return Verdict(True, f"{refused[name]} from symlink")
     if not path.is_symlink():
         raise Broken("there is no link")
     before = await _visits(stage)
@@ -99,7 +102,7 @@ async def _not_followed(stage: Stage, name: str) -> Verdict:
     if await _visits(stage) == before:
         raise Broken("what the link points at can't be reached even by who follows it")
     followed = []
-    for program, ask in (("gateway", _deal), ("warden", read_hello)):
+    for program, ask in (("gateway", _deal), ("warden", lambda path: read_hello(path.parent))):
         before = await _visits(stage)
         await ask(path)
         if await _visits(stage) > before:
@@ -113,12 +116,14 @@ async def _visits(stage: Stage) -> int:
     return stage.listeners.visits + max((int(str(line["visits"])) for line in await stage.said("neighbour") if "visits" in line), default=0)
 
 
-async def _no_socket(stage: Stage) -> Verdict:
-    reasons = []
+async def _no_socket(stage: Stage, refused: dict[str, str]) -> Verdict:
+    reasons = [f"{refused[name]} from making a {name}" for name in NO_SOCKETS if name in refused]
     for name in NO_SOCKETS:
-        path = stage.socket_dir("hostile") / f"{name}.sock"
+        if name in refused:
+            continue
+        path = stage.socket_dir("hostile") / name / "worker.sock"
         how = await asyncio.wait_for(_deal(path), 5)
-        if not how or await asyncio.wait_for(read_hello(path), 5) is not None:
+        if not how or await asyncio.wait_for(read_hello(path.parent), 5) is not None:
             return Verdict(False, f"a {name} was taken for a socket")
         reasons.append(how)
     return Verdict(True, "; ".join(dict.fromkeys(reasons)))
@@ -127,7 +132,7 @@ async def _no_socket(stage: Stage) -> Verdict:
 async def _stalling(stage: Stage) -> Verdict:
     folder = stage.socket_dir("hostile")
     began = time.monotonic()
-    await asyncio.gather(*(read_hello(folder / f"{name}.sock") for name in hostile.WAYS))
+    await asyncio.gather(*(read_hello(folder / name) for name in hostile.WAYS))
     took_s = time.monotonic() - began
     return Verdict(took_s < WARDEN_S, "all asked at once, each within its time" if took_s < WARDEN_S else f"{took_s:.0f} s")
 
@@ -137,21 +142,27 @@ async def deal(stage: Stage) -> dict[str, Verdict | Exception]:
     found: dict[str, Verdict | Exception] = {}
     slow = ("silent", "trickle")
     async with stage.sandbox("hostile", "hostile"):
-        if not any("ready" in line for line in await stage.wait_said("hostile", "ready")):
+        ready = [line for line in await stage.wait_said("hostile", "ready") if "ready" in line]
+        if not ready:
             broken = Broken(f"the hostile worker said nothing: {await stage.ended('hostile')}")
             return dict.fromkeys(ATTEMPTS, broken)
+        refused = cast(dict[str, str], ready[0]["refused"])
         plays: dict[str, Callable[[], Awaitable[Verdict]]] = {n: lambda n=n: _contained(stage, n) for n in hostile.WAYS if n not in slow}
-        plays |= {name: lambda n=name: _not_followed(stage, n) for name in LINKS}
-        plays |= {"no-socket-at-all": lambda: _no_socket(stage), "stalling-the-warden": lambda: _stalling(stage)}
-        waiting = {name: asyncio.create_task(_deal(stage.socket_dir("hostile") / f"{name}.sock"), name=f"escape.{name}") for name in slow}
+        plays |= {name: lambda n=name: _not_followed(stage, n, refused) for name in LINKS}
+        plays |= {"no-socket-at-all": lambda: _no_socket(stage, refused), "stalling-the-warden": lambda: _stalling(stage)}
+        waiting = {
+            name: asyncio.create_task(_deal(stage.socket_dir("hostile") / name / "worker.sock"), name=f"escape.{name}") for name in slow
+        }
         for name, play in plays.items():
             try:
                 found[name] = await play()
             except (Broken, OSError, TimeoutError) as exc:
                 found[name] = exc
-        for name, task in waiting.items():
-            how = await task
-            found[name] = Verdict(bool(how), how or "believed")
+        for name, how in zip(waiting, await asyncio.gather(*waiting.values(), return_exceptions=True), strict=True):
+            if isinstance(how, BaseException):  # a keeper of connections waits for ReplicaLost and ends with anything else
+                found[name] = Verdict(False, f"{type(how).__name__} ends the keeper of the connection")
+            else:
+                found[name] = Verdict(bool(how), how or "believed")
     return found
 
 

@@ -13,7 +13,7 @@ from tests.escape import dealings, scenes
 from tests.escape.inside import exhaustion, filesystem, kernel, network, processes
 from tests.escape.inside.verdict import ATTEMPTS as QUIET
 from tests.escape.inside.verdict import Attempt, Verdict
-from tests.escape.stage import Stage
+from tests.escape.stage import PIDS_MAX, Stage
 
 SUBJECTS = (network, filesystem, kernel, processes, exhaustion)
 QUIET_TIMEOUT_S = 100.0
@@ -45,7 +45,7 @@ def _outcome(line: dict[str, object]) -> Outcome:
 
 async def _quiet(stage: Stage) -> dict[str, Outcome]:
     """All attempts that leave a sandbox whole, in one, beside a neighbour that runs."""
-    async with stage.sandbox("quiet", "attempts", *QUIET):
+    async with stage.sandbox("quiet", "attempts", *QUIET, pids_max=PIDS_MAX):
         lines = await stage.wait_said("quiet", "done", within_s=QUIET_TIMEOUT_S)
         ended = await stage.ended("quiet")
         said = {str(line["attempt"]): _outcome(line) for line in lines if "attempt" in line}

@@ -21,7 +21,10 @@ from typing import Any, cast
 import msgspec
 import psutil
 
+from edge_agent.core.crash import Attempts
+from edge_agent.core.pool import Kind
 from edge_agent.warden.ports import Driver, SandboxSpec
+from edge_agent.warden.slots import Slot, Slots
 from tests.escape import rungs
 from tests.escape.inside.network import GREETING
 from tests.escape.inside.verdict import World
@@ -29,8 +32,10 @@ from tests.escape.inside.verdict import World
 INSIDE = Path(__file__).with_name("inside")
 BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from inside.run import main; main(*sys.argv[2:])"
 MEMORY_BYTES = 512 * 2**20
-NOBODY = 65534
+FIRST_UID = 1_879_100_000
 LINE_TIMEOUT_S = 60.0
+PIDS_MAX = 512
+"""Where processes are not what is tried: gVisor's kernel needs about a hundred threads of the host's, which count too."""
 SYSLOG_READ_ALL = 3
 
 
@@ -105,9 +110,9 @@ def _hidden_folders() -> list[list[Any]]:
     ]
 
 
-def as_nobody() -> list[str]:
+def as_user(uid: int) -> list[str]:
     """What to put before a command so that it runs as an ordinary user."""
-    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.geteuid() == 0 else []
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if os.geteuid() == 0 else []
 
 
 class Stage:
@@ -121,15 +126,15 @@ class Stage:
         self.driver: Driver = rungs.driver_of(rung if rung in rungs.RUNGS else "process", self.run_dir)
         self.listeners = Listeners(self.folder)
         self.secret = uuid.uuid4().hex
+        self.slots = Slots(self.folder / "sandboxes", uid_first=FIRST_UID)
+        self.uid = self._open("quiet").uid
         self._victim = self._start_victim()
         self.world = self._make_world()
-        self.model_dir = self.folder / "model"
-        self._fill_model_dir()
 
     def _start_victim(self) -> "subprocess.Popen[bytes]":
-        """A process outside, of the user that sandboxes mostly run as, with a secret in its environment."""
+        """A process outside, of the user that the sandbox of most attempts has, with a secret in its environment."""
         return subprocess.Popen(
-            [*as_nobody(), sys.executable, "-I", "-c", "import time; time.sleep(600)"],
+            [*as_user(self.uid), sys.executable, "-I", "-c", "import time; time.sleep(600)"],
             env={"SECRET": self.secret},
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -140,7 +145,7 @@ class Stage:
         secret_file.write_text(self.secret)
         state_file.parent.mkdir()
         state_file.write_text("{}")
-        disk = os.stat("/").st_dev
+        disk = Path("/").stat().st_dev
         spec = self.spec("defaults", [])
         return World(
             addresses=self.listeners.tcp,
@@ -156,27 +161,29 @@ class Stage:
             nameservers=["192.0.2.53"],
             log_line=_log_line(),
             block_device=[os.major(disk), os.minor(disk)],
+            oom_score_adj=int(Path("/proc/self/oom_score_adj").read_text()),
             tmp_max_bytes=spec.tmp_max_bytes,
             file_max_bytes=spec.file_max_bytes,
             files_max=spec.files_max,
             pids_max=spec.pids_max,
         )
 
-    def _fill_model_dir(self) -> None:
-        shutil.copytree(INSIDE, self.model_dir / "inside", ignore=shutil.ignore_patterns("__pycache__"))
-        self.write_world(self.model_dir / "world.json", self.world)
-        for path in [self.model_dir, *self.model_dir.rglob("*")]:
-            path.chmod(0o755 if path.is_dir() else 0o644)
+    def _open(self, name: str) -> Slot:
+        """A place for a sandbox, made as the warden makes it."""
+        held = self.slots.all().get(name)
+        kind = Kind(driver=self.rung, memory_bytes=MEMORY_BYTES, cpus=1.0)
+        return held or self.slots.open(name, driver=self.rung, kind=kind, replica=None, model=None, attempts=Attempts())
 
-    @staticmethod
-    def write_world(path: Path, world: World) -> None:
-        """Where a program inside finds what it is told."""
-        path.write_text(json.dumps(world._asdict()))
-        path.chmod(0o644)
+    def fill(self, model_dir: Path, world: World) -> None:
+        """Put the programs, and what they are told, where a model would lie."""
+        shutil.copytree(INSIDE, model_dir / "inside", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        (model_dir / "world.json").write_text(json.dumps(world._asdict()))
+        for path in model_dir.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
     def socket_dir(self, name: str) -> Path:
         """The socket directory of a sandbox."""
-        return self.folder / "sockets" / name
+        return self.slots.socket_dir(name)
 
     def spec(self, name: str, arguments: list[str], **changes: Any) -> SandboxSpec:
         """A sandbox that runs ``inside/run.py``."""
@@ -184,7 +191,7 @@ class Stage:
             name=name,
             argv=[sys.executable, "-I", "-c", BOOT, "/model", *arguments],
             environment={"PYTHONDONTWRITEBYTECODE": "1"},
-            model_dir=self.folder / "model",
+            model_dir=self.slots.model_dir(name),
             socket_dir=self.socket_dir(name),
             memory_bytes=MEMORY_BYTES,
             cpus=1.0,
@@ -211,7 +218,7 @@ class Stage:
         self._victim.kill()
         self._victim.wait()
         self.listeners.close()
-        subprocess.run(["rm", "-rf", str(self.folder)], check=False)  # hostile folders are deeper than shutil goes
+        subprocess.run(["rm", "-rf", str(self.folder)], check=False)  # hostile folders may be deeper than shutil goes
 
     def victim_lives(self) -> bool:
         """Whether the process outside was left alone."""
@@ -221,11 +228,16 @@ class Stage:
     async def sandbox(self, name: str, *arguments: str, **changes: Any) -> AsyncIterator[SandboxSpec]:
         """One that runs ``run.py arguments``; it is ended at the exit."""
         spec = self.spec(name, [arguments[0], "/model/world.json", *arguments[1:]], **changes)
+        spec = msgspec.structs.replace(spec, uid=self._open(name).uid)
+        self.fill(spec.model_dir, self.world)
         await self.driver.start(spec)
         try:
             yield spec
         finally:
             await self.driver.stop(name, grace_s=0)
+            if name in self.slots.all():
+                with contextlib.suppress(RecursionError):  # a scene of its own judges that
+                    self.slots.close(name)
 
     async def said(self, name: str) -> list[dict[str, object]]:
         """The lines of JSON that a sandbox has printed."""

@@ -67,13 +67,13 @@ def _gap_rows() -> Iterator[str]:
 def main() -> int:
     """Write the table; fails where an attempt is broken, or is not held and no known gap."""
     climbs = {rung: climb(rung) for rung in RUNGS if not absence(rung)}
-    print(HEAD + "\n".join([*_rows(climbs), *_box_rows(), *_gap_rows()]))
+    sys.stdout.write(HEAD + "\n".join([*_rows(climbs), *_box_rows(), *_gap_rows()]) + "\n")
     bad = 0
     for rung, made in climbs.items():
-        print(f"{rung}: {made.took_s:.0f} s, limits {made.limits}", file=sys.stderr)
+        sys.stderr.write(f"{rung}: {made.took_s:.0f} s, limits {made.limits}\n")
         for name, outcome in made.outcomes.items():
             if outcome.broken or outcome.held == bool(gap_of(name, rung, made.limits)):
-                print(f"{rung}: {name}: {_cell(outcome)}", file=sys.stderr)
+                sys.stderr.write(f"{rung}: {name}: {_cell(outcome)}\n")
                 bad += 1
     return 1 if bad else 0
 

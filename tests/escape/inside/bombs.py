@@ -9,10 +9,11 @@ import mmap
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
-from .verdict import World
+from .verdict import World, name_of
 
 MIB = 2**20
 MOST_FORKS = 2000
@@ -22,7 +23,8 @@ LIFE_S = 15
 
 def tell(**facts: object) -> None:
     """A line for the judge outside."""
-    print(json.dumps(facts), flush=True)
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
 
 
 def fork_bomb(_: World) -> None:
@@ -67,22 +69,78 @@ def memory_bomb(_: World) -> None:
 
 def memory_bomb_of_many(_: World) -> None:
     """Eight processes that each touch 256 MiB and hold it, as a limit for one process does not count them together."""
-    read_fd, write_fd = os.pipe()
-    for _number in range(8):
-        if os.fork() == 0:
+    held = mmap.mmap(-1, 8)
+    children = {}
+    for number in range(8):
+        pid = os.fork()
+        if pid == 0:
+            taken = []
             with contextlib.suppress(MemoryError):
-                taken = []
-                for _step in range(8):
+                for step in range(8):
                     taken.append(bytearray(b"x") * (32 * MIB))
-                    os.write(write_fd, b"x")
-                time.sleep(4)
+                    held[number] = step + 1
+                    time.sleep(0.02)
+            time.sleep(2)
             os._exit(0)
-    os.close(write_fd)
-    mib = 0
-    while os.read(read_fd, 1):
-        mib += 32
-        tell(mib=mib)
-    tell(mib=mib, refused="a part of it failed" if mib < 2048 else "")
+        children[pid] = number
+    most, killed = 0, 0
+    tell(mib=0)
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            killed += status == signal.SIGKILL
+            held[children.pop(pid)] = 0
+        mib = 32 * sum(held[:])
+        if mib > most:
+            most = mib
+            tell(mib=most)
+        time.sleep(0.002)
+    tell(mib=most, refused=f"{killed} of 8 killed" if killed else "")
+
+
+def zombies(_: World) -> None:
+    """Processes that end and are never waited for."""
+    made = 0
+    try:
+        while made < MOST_FORKS:
+            if os.fork() == 0:
+                os._exit(0)
+            made += 1
+            tell(made=made)
+    except OSError as exc:
+        tell(made=made, refused=name_of(exc))
+        return
+    tell(made=made, refused="")
+
+
+def many_files(world: World) -> None:
+    """Files in the socket directory, each within the bound of one, until the disk is full."""
+    written = 0
+    tell(ready=True)
+    try:
+        while written < 512 * MIB:
+            with (Path(world.socket_dir) / f"fill-{written}").open("wb", buffering=0) as file:
+                for _step in range(32):
+                    written += file.write(bytes(MIB))
+    except OSError as exc:
+        tell(refused=name_of(exc))
+    time.sleep(LIFE_S)
+
+
+def deep_folders(world: World) -> None:
+    """Folders in folders in the socket directory, deeper than a recursion in Python goes."""
+    at = os.open(world.socket_dir, os.O_RDONLY)
+    made, reason = 0, ""
+    try:
+        while made < 1500:
+            os.mkdir("d", dir_fd=at)
+            inner = os.open("d", os.O_RDONLY, dir_fd=at)
+            os.close(at)
+            at, made = inner, made + 1
+    except OSError as exc:
+        reason = name_of(exc)
+    tell(ready=True, made=made, refused=reason)
+    time.sleep(LIFE_S)
 
 
 def memory_files(_: World) -> None:
@@ -142,24 +200,6 @@ def daemon(world: World) -> None:
     time.sleep(LIFE_S)
 
 
-def obstruct(world: World) -> None:
-    """Puts folders, deep and closed to others, where its socket and all its scratch files would be."""
-    for name in ("worker.sock", "worker.sock.new"):
-        folder = Path(world.socket_dir) / name
-        folder.mkdir()
-        (folder / "inner").mkdir()
-        at = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):
-            for _step in range(1200):  # deeper than a recursion in Python goes
-                os.mkdir("d", dir_fd=at)
-                inner = os.open("d", os.O_RDONLY, dir_fd=at)
-                os.close(at)
-                at = inner
-        (folder / "inner").chmod(0)
-    tell(ready=True)
-    time.sleep(LIFE_S)
-
-
 def neighbour(world: World) -> None:
     """A replica that does nothing wrong: it listens where a worker would, and counts who comes."""
     with socket.socket(socket.AF_UNIX) as listener:
@@ -180,15 +220,7 @@ def neighbour(world: World) -> None:
 PROGRAMS = {
     program.__name__.replace("_", "-"): program
     for program in (
-        fork_bomb,
-        memory_bomb,
-        memory_bomb_of_many,
-        memory_files,
-        log_flood,
-        cpu_hog,
-        ignored_signals,
-        daemon,
-        obstruct,
-        neighbour,
+        *(fork_bomb, memory_bomb, memory_bomb_of_many, memory_files, zombies, many_files, deep_folders, log_flood, cpu_hog),
+        *(ignored_signals, daemon, neighbour),
     )
 }

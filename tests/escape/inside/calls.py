@@ -1,10 +1,12 @@
 """Raw system calls by name, for those that Python does not offer."""
 
 import ctypes
+import errno
 import os
 import platform
+import signal
 
-from .verdict import REFUSED, Verdict, name_of, say
+from .verdict import REFUSED, Verdict, say
 
 X86_64 = {
     "acct": 163, "add_key": 248, "bpf": 321, "chroot": 161, "clock_settime": 227, "clone": 56, "delete_module": 176, "finit_module": 313,
@@ -22,9 +24,6 @@ AARCH64 = {
     "setns": 268, "settimeofday": 170, "swapon": 224, "syslog": 116, "umount2": 39, "unshare": 97, "userfaultfd": 282,
 }  # fmt: skip
 NUMBERS = {"x86_64": X86_64, "aarch64": AARCH64}[platform.machine()]
-PER_TASK = frozenset({"iopl", "ioperm", "modify_ldt"})
-"""Calls of one architecture alone."""
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -46,15 +45,33 @@ def call(name: str, *arguments: Argument) -> int:
 
 
 def is_refused(name: str, *arguments: Argument, also: tuple[int, ...] = ()) -> Verdict:
-    """Held where the call is refused, or there is none of that name here; an error from deeper within says that it was reached."""
+    """Held where the call is refused, or there is none of that name here; an error from deeper within says that it was reached.
+
+    It is made in a child, since a filter may end who makes it. Raises RuntimeError where the child ends in any other way.
+    """
     if name not in NUMBERS:
         return Verdict(True, f"{platform.machine()} has no {name}")
-    try:
-        result = call(name, *arguments)
-    except OSError as exc:
-        held = exc.errno in REFUSED or exc.errno in also
-        return Verdict(held, f"{'' if held else 'reached: '}{name_of(exc)} from {name}")
-    return Verdict(False, f"{name} returned {result}")
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(write_fd, f"0 {call(name, *arguments)}".encode())
+        except OSError as exc:
+            os.write(write_fd, f"{exc.errno} 0".encode())
+        finally:
+            os._exit(0)
+    os.close(write_fd)
+    _, status = os.waitpid(pid, 0)
+    error, _, result = os.read(read_fd, 64).decode().partition(" ")
+    os.close(read_fd)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSYS:
+        return Verdict(True, f"SIGSYS from {name}")
+    if not result:
+        raise RuntimeError(f"{name}: the child ended with status {status}")
+    if error == "0":
+        return Verdict(False, f"{name} returned {result}")
+    held = int(error) in REFUSED or int(error) in also
+    return Verdict(held, f"{'' if held else 'reached: '}{errno.errorcode.get(int(error), error)} from {name}")
 
 
 def all_refused(*verdicts: Verdict) -> Verdict:

@@ -13,7 +13,6 @@ from .verdict import NOT_THERE, Verdict, World, attempt, name_of, try_each
 MIB = 2**20
 MOST_BYTES = 512 * MIB
 SLACK_BYTES = 16 * MIB
-MOST_PROCESSES = 2000
 MOST_DESCRIPTORS = 5000
 
 
@@ -30,7 +29,8 @@ def _fill(folder: str, *, most_bytes: int, file_bytes: int = 32 * MIB) -> tuple[
         reason = name_of(exc)
     finally:
         for path in files:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     return written, reason
 
 
@@ -79,13 +79,6 @@ def large_file_in_the_socket_directory(world: World) -> Verdict:
 
 
 @attempt("exhaustion")
-def many_files_in_the_socket_directory(world: World) -> Verdict:
-    """Writes files, each within the bound of one, into the socket directory until the disk is full."""
-    written, reason = _fill(world.socket_dir, most_bytes=MOST_BYTES)
-    return Verdict(written < MOST_BYTES, f"{reason or 'no end'} after {written // MIB} MiB in the socket directory")
-
-
-@attempt("exhaustion")
 def descriptors(world: World) -> Verdict:
     """Opens files without end."""
     opened = 0
@@ -123,20 +116,6 @@ def raising_its_limits(_: World) -> Verdict:
         if hard != resource.RLIM_INFINITY:
             tries.append(("setrlimit", lambda k=kind, h=hard: lift(k, h + 1)))
     return try_each(tries, held=NOT_THERE)
-
-
-@attempt("exhaustion", killed_ok=True)
-def zombies(world: World) -> Verdict:
-    """Makes processes that end and are never waited for."""
-    made = 0
-    try:
-        while made < MOST_PROCESSES:
-            if os.fork() == 0:
-                os._exit(0)
-            made += 1
-    except OSError as exc:
-        return Verdict(made <= world.pids_max, f"{name_of(exc)} after {made} processes")
-    return Verdict(False, f"{made} zombies")
 
 
 @attempt("exhaustion", killed_ok=True)

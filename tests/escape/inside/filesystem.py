@@ -119,7 +119,7 @@ def read_home_folders(world: World) -> Verdict:
     """Lists the host's /root and /home, looking for what is there outside."""
 
     def look(folder: str, names: list[str]) -> str:
-        found = set(os.listdir(folder)) & set(names)
+        found = {entry.name for entry in Path(folder).iterdir()} & set(names)
         return f"{len(found)} of the host's entries are seen" if found else ""
 
     return try_each((("list", lambda f=folder, n=names: look(f, n)) for folder, names in world.hidden_folders), held=HELD)
@@ -152,7 +152,7 @@ def raw_devices(_: World) -> Verdict:
         "nvme0n1",
         "loop0",
         "loop-control",
-        "fuse",
+        
         "net/tun",
         "mapper/control",
         "snapshot",
@@ -223,7 +223,8 @@ def making_a_setuid_file(world: World) -> Verdict:
         path.chmod(0o4755)
         return ""
 
-    return try_each([("chmod 4755", make)], held=HELD)
+    verdict = try_each([("chmod 4755", make)], held=HELD)
+    return Verdict(True, "made, and nobody's but its own outside") if verdict.how == "nothing found" else verdict
 
 
 @attempt("filesystem")
@@ -260,8 +261,8 @@ def kernel_memory_in_proc(_: World) -> Verdict:
         return any(int(line.split()[0], 16) for line in lines[:-1])
 
     tries: list[tuple[str, Callable[[], object]]] = [("open /proc/kallsyms", addresses)]
-    for name in ("kcore", "keys", "kmsg", "timer_list", "sched_debug", "vmallocinfo"):
-        tries.append((f"open /proc/{name}", lambda n=name: _read(f"/proc/{n}", 64)[:16]))
+    names = ("kcore", "keys", "kmsg", "timer_list", "sched_debug", "vmallocinfo")
+    tries += [(f"open /proc/{name}", lambda n=name: bool(_read(f"/proc/{n}", 64)) and "it was read") for name in names]
     return try_each(tries, held=HELD | {errno.EAGAIN})
 
 
@@ -308,4 +309,4 @@ def control_groups(_: World) -> Verdict:
 @attempt("filesystem")
 def the_terminal(_: World) -> Verdict:
     """Opens the terminal that the warden was started from, to type into it."""
-    return try_each(((f"open {path}", lambda p=path: _open(p, os.O_RDWR)) for path in ("/dev/tty", "/dev/console", "/dev/tty0")), held=HELD)
+    return try_each(((f"open {path}", lambda p=path: _open(p, os.O_RDWR)) for path in ("/dev/tty", "/dev/console", "/dev/tty0")), held=HELD | {errno.EIO})

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .bombs import tell
-from .verdict import World
+from .verdict import World, name_of
 
 MIB = 2**20
 GIB = 2**30
@@ -159,15 +159,25 @@ def serve(world: World) -> None:
     """One socket for each way, and beside them what is no socket: links to what others listen on, a folder, a pipe, a file."""
     folder = Path(world.socket_dir)
     for name, way in WAYS.items():
+        (folder / name).mkdir()
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(folder / f"{name}.sock"))
-        (folder / f"{name}.sock").chmod(0o666)
+        listener.bind(str(folder / name / "worker.sock"))
+        (folder / name / "worker.sock").chmod(0o666)
         listener.listen(64)
         threading.Thread(target=_serve, args=(listener, way), daemon=True).start()
-    (folder / "link-to-the-host.sock").symlink_to(world.unix_socket)
-    (folder / "link-to-a-neighbour.sock").symlink_to(f"{world.neighbour_dir}/worker.sock")
-    (folder / "folder.sock").mkdir()
-    os.mkfifo(folder / "pipe.sock")
-    (folder / "file.sock").write_text("no socket")
-    tell(ready=True)
+    beside: dict[str, Callable[[Path], object]] = {
+        "link-to-the-host": lambda path: path.symlink_to(world.unix_socket),
+        "link-to-a-neighbour": lambda path: path.symlink_to(f"{world.neighbour_dir}/worker.sock"),
+        "folder": lambda path: path.mkdir(),
+        "pipe": os.mkfifo,
+        "file": lambda path: path.write_text("no socket"),
+    }
+    refused = {}
+    for name, make in beside.items():
+        try:
+            (folder / name).mkdir()
+            make(folder / name / "worker.sock")
+        except OSError as exc:
+            refused[name] = name_of(exc)
+    tell(ready=True, refused=refused)
     time.sleep(120)

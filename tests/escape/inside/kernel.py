@@ -107,15 +107,15 @@ def clone_all_namespaces(_: World) -> Verdict:
 
 @attempt("kernel")
 def join_namespaces(world: World) -> Verdict:
-    """Joins the namespaces of process 1, and of a process outside, by setns."""
+    """Joins the namespaces of process 1, of a process outside, and its own anew, by setns."""
 
-    def join(pid: int, kind: str) -> str:
+    def join(pid: int | str, kind: str) -> str:
         fd = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
         call("setns", fd, 0)
         return f"joined {kind}"
 
     kinds = ("net", "uts", "ipc", "cgroup", "mnt", "pid", "user")
-    tries = [(f"setns {kind}", lambda p=pid, k=kind: join(p, k)) for pid in (1, world.victim_pid) for kind in kinds]
+    tries = [(f"setns {kind}", lambda p=pid, k=kind: join(p, k)) for pid in (1, world.victim_pid, "self") for kind in kinds]
     return try_each(tries, held=NOT_THERE)
 
 
@@ -236,7 +236,7 @@ def kernel_log(world: World) -> Verdict:
         os.close(os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK))
         return "opened"
 
-    return try_each([("syslog", by_call), ("open /dev/kmsg", by_device)], held=NOT_THERE)
+    return try_each([("open /dev/kmsg", by_device), ("syslog", by_call)], held=NOT_THERE)
 
 
 @attempt("kernel")

@@ -1,5 +1,6 @@
 """Reaching other processes: those of the host, and what they hold in memory."""
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -56,7 +57,7 @@ def signal_a_process(world: World) -> Verdict:
 
 
 def _pids() -> Iterator[str]:
-    return (entry for entry in os.listdir("/proc") if entry.isdigit())
+    return (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())
 
 
 @attempt("processes")
@@ -81,16 +82,21 @@ def reach_the_root_of_a_process(world: World) -> Verdict:
 
 
 @attempt("processes")
-def escape_the_memory_killer(_: World) -> Verdict:
-    """Lowers its oom_score_adj, so that the host's processes are killed before it."""
+def escape_the_memory_killer(world: World) -> Verdict:
+    """Lowers its oom_score_adj below that of the host's programs, so that they are killed before it."""
+    path = Path("/proc/self/oom_score_adj")
+    before = int(path.read_text())
+    undone = ""
+    with contextlib.suppress(OSError):
+        path.write_text(str(world.oom_score_adj))
+        undone = f"; {before} could be undone" if before > world.oom_score_adj else ""
 
     def lower() -> str:
-        path = Path("/proc/self/oom_score_adj")
-        before = int(path.read_text())
-        path.write_text(str(max(-1000, before - 100)))
-        return f"{before} became {path.read_text().strip()}"
+        path.write_text(str(world.oom_score_adj - 1))
+        return f"it is {path.read_text().strip()}, the host's {world.oom_score_adj}"
 
-    return try_each([("oom_score_adj", lower)], held=NOT_THERE)
+    verdict = try_each([("oom_score_adj", lower)], held=NOT_THERE)
+    return Verdict(verdict.held, verdict.how + undone)
 
 
 @attempt("processes")

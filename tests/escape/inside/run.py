@@ -27,7 +27,7 @@ def _work(attempt: Attempt, world: World, answer_fd: int) -> None:
         os.dup2(silence, fd)
     try:
         result: dict[str, object] = attempt.run(world)._asdict()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it was, the attempt is broken
         result = {"broken": traceback.format_exc().strip().replace("\n", " | ")[-400:]}
     os.write(answer_fd, json.dumps(result).encode())
 
@@ -54,7 +54,7 @@ def _judge(attempt: Attempt, status: int | None, answer: bytes) -> dict[str, obj
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number == signal.SIGSYS and said():
-            return Verdict(True, f"killed by SIGSYS at {said()}")._asdict()
+            return Verdict(True, f"SIGSYS from {said()}")._asdict()
         if number == signal.SIGKILL and attempt.killed_ok:
             return Verdict(True, "killed: out of memory")._asdict()
         return {"broken": f"died of {signal.Signals(number).name} at {said() or 'its start'}"}
@@ -90,8 +90,8 @@ def main(mode: str, world_file: str, *names: str) -> None:
     world = World.load(Path(world_file))
     if mode == "attempts":
         for name in names:
-            print(json.dumps({"attempt": name, **perform(ATTEMPTS[name], world)}), flush=True)
-        print(json.dumps({"done": len(names)}), flush=True)
+            bombs.tell(attempt=name, **perform(ATTEMPTS[name], world))
+        bombs.tell(done=len(names))
     elif mode == "hostile":
         hostile.serve(world)
     else:

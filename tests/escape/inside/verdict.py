@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
+REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP})
 """How a sandbox says no. Any other answer to a call means that the kernel took it."""
 NOT_THERE = REFUSED | {errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.EROFS, errno.ENXIO, errno.ENODEV}
 """The same for files and processes: what is not seen, or is read-only, is out of reach."""
@@ -39,6 +39,8 @@ class World(NamedTuple):
     log_line: str
     """A line of the host's kernel log."""
     block_device: list[int]
+    oom_score_adj: int
+    """What programs of the host run with."""
     model_dir: str = "/model"
     socket_dir: str = "/run/skerry"
     tmp_max_bytes: int = 0

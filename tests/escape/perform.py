@@ -31,10 +31,11 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Climb(msgspec.Struct, frozen=True):
-    """One rung's outcomes, by attempt; ``limits`` is what its driver holds resources with."""
+    """One rung's outcomes, by attempt, and under which conditions: what its driver holds resources with, and "unfiltered" where a
+    sandbox ran without a filter of system calls."""
 
     outcomes: dict[str, Outcome]
-    limits: str
+    conditions: frozenset[str]
     took_s: float
 
 
@@ -43,8 +44,8 @@ def _outcome(line: dict[str, object]) -> Outcome:
     return Outcome(bool(line.get("held")), str(line.get("how", "")), broken)
 
 
-async def _quiet(stage: Stage) -> dict[str, Outcome]:
-    """All attempts that leave a sandbox whole, in one, beside a neighbour that runs."""
+async def _quiet(stage: Stage) -> tuple[dict[str, Outcome], bool]:
+    """All attempts that leave a sandbox whole, in one, and whether it ran under a filter of system calls."""
     async with stage.sandbox("quiet", "attempts", *QUIET, pids_max=PIDS_MAX):
         lines = await stage.wait_said("quiet", "done", within_s=QUIET_TIMEOUT_S)
         ended = await stage.ended("quiet")
@@ -54,7 +55,7 @@ async def _quiet(stage: Stage) -> dict[str, Outcome]:
             if trouble and name in said:
                 said[name] = Outcome(held=False, how=trouble)
     missing = Outcome(held=False, how="", broken=f"no verdict; the sandbox: {ended or 'runs on'}"[:300])
-    return {name: said.get(name, missing) for name in QUIET}
+    return {name: said.get(name, missing) for name in QUIET}, any(line.get("filtered") for line in lines)
 
 
 async def _scenes(stage: Stage) -> dict[str, Outcome]:
@@ -78,10 +79,11 @@ async def _climb(rung: str) -> Climb:
     async with Stage(rung) as stage:
         async with stage.sandbox("neighbour", "neighbour"):
             await stage.wait_said("neighbour", "ready")
-            found = await _quiet(stage)
+            found, filtered = await _quiet(stage)
             found |= {name: _of(result) for name, result in (await dealings.deal(stage)).items()}
         found |= await _scenes(stage)
-        return Climb(found, stage.driver.limits, time.monotonic() - began)
+        conditions = frozenset({stage.driver.limits} if filtered else {stage.driver.limits, "unfiltered"})
+        return Climb(found, conditions, time.monotonic() - began)
 
 
 @functools.cache

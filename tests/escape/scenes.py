@@ -73,7 +73,7 @@ async def _memory(stage: Stage, program: str) -> Verdict:
         lines = await stage.wait_said("bomb", "refused", within_s=30)
         ended = await stage.ended("bomb")
     mib, allowed = _number(lines, "mib"), SMALL_BYTES // MIB
-    if not mib:
+    if not any("mib" in line for line in lines):
         raise Broken(f"the bomb said nothing: {ended}")
     refused = next((str(line["refused"]) for line in lines if line.get("refused")), "")
     end = refused or (ended if ended and "memory" in ended.lower() else "killed" if ended else "no end")
@@ -179,16 +179,22 @@ async def log_flood(stage: Stage) -> Verdict:
 async def processor_hog(stage: Stage) -> Verdict:
     """Computes in two processes; held where they get no more processor time than half a core has."""
     cpus, measured_s = 0.5, 3.0
+
+    async def used_s() -> float:
+        """What the engine or the control group counts, or what the processes say themselves, whichever is more."""
+        usage = await stage.driver.stats("hog")
+        return max(usage.cpu_seconds if usage else 0.0, _number(await stage.said("hog"), "cpu_ms") / 1000)
+
     async with stage.sandbox("hog", "cpu-hog", cpus=cpus):
-        if not any("spinning" in line for line in await stage.wait_said("hog", "spinning")):
+        if not any("cpu_ms" in line for line in await stage.wait_said("hog", "cpu_ms")):
             raise Broken(f"the hog said nothing: {await stage.ended('hog')}")
-        began, before = time.monotonic(), await stage.driver.stats("hog")
+        began, before = time.monotonic(), await used_s()
         await asyncio.sleep(measured_s)
-        after, took_s = await stage.driver.stats("hog"), time.monotonic() - began
-    if before is None or after is None:
-        raise Broken("the hog ended by itself")
-    used = (after.cpu_seconds - before.cpu_seconds) / took_s
-    return Verdict(used <= cpus * 1.4, f"{used:.1f} cores used, {cpus} allowed")
+        used = (await used_s() - before) / (time.monotonic() - began)
+    how = f"{used:.1f} cores used, {cpus} allowed"
+    if stage.driver.limits == "rlimits":  # a busy machine gives it little; nothing else does
+        return Verdict(False, f"{how}; niceness alone holds it")
+    return Verdict(used <= cpus * 1.4, how)
 
 
 @scene("ending")

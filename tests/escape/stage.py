@@ -133,12 +133,7 @@ class Stage:
 
     def _start_victim(self) -> "subprocess.Popen[bytes]":
         """A process outside, of the user that the sandbox of most attempts has, with a secret in its environment."""
-        return subprocess.Popen(
-            [*as_user(self.uid), sys.executable, "-I", "-c", "import time; time.sleep(600)"],
-            env={"SECRET": self.secret},
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-        )
+        return subprocess.Popen([*as_user(self.uid), "sleep", "600"], env={"PATH": os.defpath, "SECRET": self.secret}, cwd="/")
 
     def _make_world(self) -> World:
         secret_file, state_file = self.folder / "secret", self.folder / "state" / "desired.json"

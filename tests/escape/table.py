@@ -61,7 +61,7 @@ def _gap_rows() -> Iterator[str]:
         return
     yield "| attempt | rung | where | why |\n| --- | --- | --- | --- |"
     for gap in GAPS:
-        yield f"| {gap.attempt} | {gap.rung} | {f'limits: {gap.limits}' if gap.limits else 'everywhere'} | {gap.reason} |"
+        yield f"| {gap.attempt} | {gap.rung} | {gap.when or 'everywhere'} | {gap.reason} |"
 
 
 def main() -> int:
@@ -70,9 +70,9 @@ def main() -> int:
     sys.stdout.write(HEAD + "\n".join([*_rows(climbs), *_box_rows(), *_gap_rows()]) + "\n")
     bad = 0
     for rung, made in climbs.items():
-        sys.stderr.write(f"{rung}: {made.took_s:.0f} s, limits {made.limits}\n")
+        sys.stderr.write(f"{rung}: {made.took_s:.0f} s, {sorted(made.conditions)}\n")
         for name, outcome in made.outcomes.items():
-            if outcome.broken or outcome.held == bool(gap_of(name, rung, made.limits)):
+            if outcome.broken or outcome.held == bool(gap_of(name, rung, made.conditions)):
                 sys.stderr.write(f"{rung}: {name}: {_cell(outcome)}\n")
                 bad += 1
     return 1 if bad else 0

@@ -17,7 +17,7 @@ def test_the_sandbox_holds(attempt: str, rung: str) -> None:
     made = climb(rung)
     outcome = made.outcomes[attempt]
     assert outcome.broken == "", "the attempt itself is broken"
-    gap = gap_of(attempt, rung, made.limits)
+    gap = gap_of(attempt, rung, made.conditions)
     if gap is None:
         assert outcome.held, outcome.how
     else:

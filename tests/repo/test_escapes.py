@@ -34,7 +34,7 @@ def test_what_the_table_says_is_not_held_are_the_known_gaps() -> None:
         (name, rung) for name in ATTEMPTS for rung, cell in zip(RUNGS, found[name][1], strict=True) if not cell.startswith("held")
     }
     assert open_cells <= {(gap.attempt, gap.rung) for gap in GAPS}
-    assert {(gap.attempt, gap.rung) for gap in GAPS if not gap.limits} <= open_cells
+    assert {(gap.attempt, gap.rung) for gap in GAPS if not gap.when} <= open_cells
 
 
 def test_the_table_tells_nothing_of_the_machine_it_was_made_on() -> None:

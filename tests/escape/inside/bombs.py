@@ -71,6 +71,7 @@ def memory_bomb_of_many(_: World) -> None:
     """Eight processes that each touch 256 MiB and hold it, as a limit for one process does not count them together."""
     held = mmap.mmap(-1, 8)
     children = {}
+    tell(mib=0)
     for number in range(8):
         pid = os.fork()
         if pid == 0:
@@ -84,7 +85,6 @@ def memory_bomb_of_many(_: World) -> None:
             os._exit(0)
         children[pid] = number
     most, killed = 0, 0
-    tell(mib=0)
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
@@ -164,14 +164,17 @@ def log_flood(_: World) -> None:
 
 
 def cpu_hog(_: World) -> None:
-    """Two processes that compute."""
+    """Two processes that compute, and tell from time to time how much processor time they had together."""
+    used_ms = mmap.mmap(-1, 16)
     signal.alarm(LIFE_S)
-    if os.fork() == 0:
-        signal.alarm(LIFE_S)
-    else:
-        tell(spinning=True)
+    number = 0 if os.fork() else 1
+    signal.alarm(LIFE_S)
+    told = time.monotonic()
     while True:
-        pass
+        used_ms[8 * number : 8 * number + 8] = int(time.process_time() * 1000).to_bytes(8, "little")
+        if number == 0 and time.monotonic() - told > 0.25:
+            told = time.monotonic()
+            tell(cpu_ms=int.from_bytes(used_ms[:8], "little") + int.from_bytes(used_ms[8:], "little"))
 
 
 def ignored_signals(_: World) -> None:

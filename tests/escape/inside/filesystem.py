@@ -152,8 +152,6 @@ def raw_devices(_: World) -> Verdict:
         "nvme0n1",
         "loop0",
         "loop-control",
-        
-        "net/tun",
         "mapper/control",
         "snapshot",
     ]
@@ -309,4 +307,7 @@ def control_groups(_: World) -> Verdict:
 @attempt("filesystem")
 def the_terminal(_: World) -> Verdict:
     """Opens the terminal that the warden was started from, to type into it."""
-    return try_each(((f"open {path}", lambda p=path: _open(p, os.O_RDWR)) for path in ("/dev/tty", "/dev/console", "/dev/tty0")), held=HELD | {errno.EIO})
+    return try_each(
+        ((f"open {path}", lambda p=path: _open(p, os.O_RDWR)) for path in ("/dev/tty", "/dev/console", "/dev/tty0")),
+        held=HELD | {errno.EIO},
+    )

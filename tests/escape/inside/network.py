@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import fcntl
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ RTM_GETLINK, RTM_NEWROUTE, RTM_NEWLINK = 18, 24, 16
 NLM_REQUEST, NLM_ACK, NLM_DUMP, NLM_CREATE = 1, 4, 0x300, 0x400
 NLMSG_ERROR = 2
 IFLA_IFNAME = 3
+TUNSETIFF, IFF_TUN = 0x400454CA, 1
 
 
 def _greeted(family: int, kind: int, address: object) -> str:
@@ -121,6 +124,18 @@ def vsock_to_the_hypervisor(_: World) -> Verdict:
             return "connected"
 
     return try_each([("socket(AF_VSOCK)", reach)], held=_NO_FAMILY - {errno.ENODEV})
+
+
+@attempt("network")
+def tunnel_interface(_: World) -> Verdict:
+    """Makes a network interface of its own through /dev/net/tun."""
+
+    def make() -> str:
+        fd = os.open("/dev/net/tun", os.O_RDWR)
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"escape", IFF_TUN))
+        return "the interface was made"
+
+    return try_each([("TUNSETIFF", make)])
 
 
 def _message(kind: int, flags: int, payload: bytes) -> bytes:

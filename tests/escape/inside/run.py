@@ -91,7 +91,7 @@ def main(mode: str, world_file: str, *names: str) -> None:
     if mode == "attempts":
         for name in names:
             bombs.tell(attempt=name, **perform(ATTEMPTS[name], world))
-        bombs.tell(done=len(names))
+        bombs.tell(done=len(names), filtered="\nSeccomp:\t2" in Path("/proc/self/status").read_text())
     elif mode == "hostile":
         hostile.serve(world)
     else:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -147,8 +148,8 @@ async def deal(stage: Stage) -> dict[str, Verdict | Exception]:
             broken = Broken(f"the hostile worker said nothing: {await stage.ended('hostile')}")
             return dict.fromkeys(ATTEMPTS, broken)
         refused = cast(dict[str, str], ready[0]["refused"])
-        plays: dict[str, Callable[[], Awaitable[Verdict]]] = {n: lambda n=n: _contained(stage, n) for n in hostile.WAYS if n not in slow}
-        plays |= {name: lambda n=name: _not_followed(stage, n, refused) for name in LINKS}
+        plays: dict[str, Callable[[], Awaitable[Verdict]]] = {n: partial(_contained, stage, n) for n in hostile.WAYS if n not in slow}
+        plays |= {name: partial(_not_followed, stage, name, refused) for name in LINKS}
         plays |= {"no-socket-at-all": lambda: _no_socket(stage, refused), "stalling-the-warden": lambda: _stalling(stage)}
         waiting = {
             name: asyncio.create_task(_deal(stage.socket_dir("hostile") / name / "worker.sock"), name=f"escape.{name}") for name in slow

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import need
 from tests.escape import rungs
-from tests.escape.perform import QUIET as ATTEMPTS
+from tests.escape.perform import ATTEMPTS
 from tests.escape.stage import BOOT, Stage, as_user
 
 AS_A_USER = [

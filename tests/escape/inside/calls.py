@@ -33,9 +33,7 @@ Argument = int | bytes | ctypes.Array[ctypes.c_char] | None
 def call(name: str, *arguments: Argument) -> int:
     """The system call ``name``. Raises OSError."""
     say(name)
-    ready = [
-        ctypes.c_long(a) if isinstance(a, int) else ctypes.c_long(0) if a is None else ctypes.cast(a, ctypes.c_void_p) for a in arguments
-    ]
+    ready = [ctypes.c_long(a) if isinstance(a, int) else ctypes.c_long(0) if a is None else a for a in arguments]
     ctypes.set_errno(0)
     result: int = _libc.syscall(ctypes.c_long(NUMBERS[name]), *ready)
     if result == -1:

@@ -6,6 +6,7 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from .verdict import NOT_THERE, Verdict, World, attempt, name_of, try_each
@@ -18,7 +19,8 @@ MOST_DESCRIPTORS = 5000
 
 def _fill(folder: str, *, most_bytes: int, file_bytes: int = 32 * MIB) -> tuple[int, str]:
     """Write files into ``folder`` until an error or ``most_bytes``; returns how much went in and why it ended. Leaves nothing."""
-    written, reason, files = 0, "", []
+    written, reason = 0, ""
+    files: list[Path] = []
     try:
         while written < most_bytes:
             files.append(Path(folder) / f"fill-{os.getpid()}-{len(files)}")
@@ -112,9 +114,9 @@ def raising_its_limits(_: World) -> Verdict:
     )
     tries = []
     for kind in kinds:
-        _, hard = resource.getrlimit(kind)
+        hard = resource.getrlimit(kind)[1]
         if hard != resource.RLIM_INFINITY:
-            tries.append(("setrlimit", lambda k=kind, h=hard: lift(k, h + 1)))
+            tries.append(("setrlimit", partial(lift, kind, hard + 1)))
     return try_each(tries, held=NOT_THERE)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from .verdict import NOT_THERE, Verdict, World, attempt, try_each
@@ -38,8 +39,20 @@ def _read(path: str | Path, size: int = 4096) -> bytes:
         return file.read(size)
 
 
+def _readable(path: str, content: str = "") -> str:
+    """Says so where there is something to read at ``path``, with ``content`` in it. Raises OSError."""
+    found = _read(path)
+    return "it was read" if found and content.encode() in found else ""
+
+
+def _did(act: Callable[..., None], *arguments: object) -> str:
+    """For what returns nothing. Raises OSError."""
+    act(*arguments)
+    return "it was done"
+
+
 def _creating(folders: list[str]) -> Verdict:
-    return try_each(((f"create in {folder}", lambda f=folder: _create(f)) for folder in folders), held=HELD)
+    return try_each(((f"create in {folder}", partial(_create, folder)) for folder in folders), held=HELD)
 
 
 @attempt("filesystem")
@@ -63,10 +76,10 @@ def write_to_the_model(world: World) -> Verdict:
     file = next(path for path in folder.iterdir() if path.is_file())
     tries: list[tuple[str, Callable[[], object]]] = [
         ("open for writing", lambda: _open(file, os.O_RDWR)),
-        ("truncate", lambda: os.truncate(file, 1) or "truncated"),
-        ("chmod", lambda: file.chmod(0o777) or "mode changed"),
+        ("truncate", lambda: _did(os.truncate, file, 1)),
+        ("chmod", lambda: _did(file.chmod, 0o777)),
         ("rename", lambda: file.rename(folder / "other")),
-        ("utime", lambda: os.utime(file) or "times changed"),
+        ("utime", lambda: _did(os.utime, file)),
         ("create", lambda: _create(folder)),
     ]
     return try_each(tries, held=HELD)
@@ -105,13 +118,13 @@ def connect_to_a_neighbours_socket(world: World) -> Verdict:
             sock.connect(path)
             return "connected"
 
-    return try_each((("connect", lambda p=p: reach(p)) for p in _views(f"{world.neighbour_dir}/worker.sock")), held=HELD)
+    return try_each((("connect", partial(reach, p)) for p in _views(f"{world.neighbour_dir}/worker.sock")), held=HELD)
 
 
 @attempt("filesystem")
 def read_password_hashes(_: World) -> Verdict:
     """Reads /etc/shadow."""
-    return try_each((("open", lambda p=p: bool(_read(p)) and "it was read") for p in _views("/etc/shadow")), held=HELD)
+    return try_each((("open", partial(_readable, p)) for p in _views("/etc/shadow")), held=HELD)
 
 
 @attempt("filesystem")
@@ -122,21 +135,19 @@ def read_home_folders(world: World) -> Verdict:
         found = {entry.name for entry in Path(folder).iterdir()} & set(names)
         return f"{len(found)} of the host's entries are seen" if found else ""
 
-    return try_each((("list", lambda f=folder, n=names: look(f, n)) for folder, names in world.hidden_folders), held=HELD)
+    return try_each((("list", partial(look, folder, names)) for folder, names in world.hidden_folders), held=HELD)
 
 
 @attempt("filesystem")
 def read_a_secret_of_the_host(world: World) -> Verdict:
     """Reads a file of the host that anybody outside may read, by its path and through /proc."""
-    return try_each(
-        (("open", lambda p=p: world.secret.encode() in _read(p) and "it was read") for p in _views(world.secret_file)), held=HELD
-    )
+    return try_each((("open", partial(_readable, p, world.secret)) for p in _views(world.secret_file)), held=HELD)
 
 
 @attempt("filesystem")
 def read_the_wardens_state(world: World) -> Verdict:
     """Reads a file in the warden's state directory."""
-    return try_each((("open", lambda p=p: bool(_read(p)) and "it was read") for p in _views(world.state_file)), held=HELD)
+    return try_each((("open", partial(_readable, p)) for p in _views(world.state_file)), held=HELD)
 
 
 @attempt("filesystem")
@@ -155,14 +166,14 @@ def raw_devices(_: World) -> Verdict:
         "mapper/control",
         "snapshot",
     ]
-    return try_each(((f"open /dev/{name}", lambda n=name: _open(f"/dev/{n}", os.O_RDONLY)) for name in names), held=HELD)
+    return try_each(((f"open /dev/{name}", partial(_open, f"/dev/{name}", os.O_RDONLY)) for name in names), held=HELD)
 
 
 @attempt("filesystem")
 def virtual_machine_device(_: World) -> Verdict:
     """Opens /dev/kvm and its like."""
     names = ["kvm", "vhost-net", "vhost-vsock", "vfio/vfio"]
-    return try_each(((f"open /dev/{name}", lambda n=name: _open(f"/dev/{n}", os.O_RDWR)) for name in names), held=HELD)
+    return try_each(((f"open /dev/{name}", partial(_open, f"/dev/{name}", os.O_RDWR)) for name in names), held=HELD)
 
 
 @attempt("filesystem")
@@ -178,9 +189,7 @@ def making_a_device(world: World) -> Verdict:
         finally:
             path.unlink()
 
-    return try_each(
-        ((f"mknod in {folder}", lambda f=folder: make(f)) for folder in ("/tmp", world.socket_dir, "/dev", "/dev/shm")), held=HELD
-    )
+    return try_each(((f"mknod in {folder}", partial(make, folder)) for folder in ("/tmp", world.socket_dir, "/dev", "/dev/shm")), held=HELD)
 
 
 def _capabilities(pid: int | str = "self") -> int:
@@ -208,7 +217,7 @@ def setuid_programs(_: World) -> Verdict:
             process.kill()
             process.wait()
 
-    return try_each(((f"run {Path(program).name}", lambda p=program: run(p)) for program in SETUID_PROGRAMS), held=HELD)
+    return try_each(((f"run {Path(program).name}", partial(run, program)) for program in SETUID_PROGRAMS), held=HELD)
 
 
 @attempt("filesystem")
@@ -238,7 +247,7 @@ def file_capabilities(world: World) -> Verdict:
             path.unlink()
         return "the attribute was set"
 
-    tries = ((f"setxattr in {folder}", lambda f=folder: give(f)) for folder in ("/tmp", world.socket_dir))
+    tries = ((f"setxattr in {folder}", partial(give, folder)) for folder in ("/tmp", world.socket_dir))
     return try_each(tries, held=HELD | {errno.ENOTSUP})
 
 
@@ -247,7 +256,7 @@ def kernel_settings(_: World) -> Verdict:
     """Opens what sets the host's kernel for writing: core_pattern, modprobe, sysrq-trigger and others in /proc."""
     settings = ["sys/kernel/core_pattern", "sys/kernel/modprobe", "sys/kernel/hostname", "sys/kernel/panic", "sys/vm/panic_on_oom"]
     paths = [f"/proc/{name}" for name in [*settings, "sys/vm/drop_caches", "sys/fs/file-max", "sysrq-trigger", "irq/default_smp_affinity"]]
-    return try_each(((f"open {path}", lambda p=path: _open(p, os.O_WRONLY)) for path in paths), held=HELD)
+    return try_each(((f"open {path}", partial(_open, path, os.O_WRONLY)) for path in paths), held=HELD)
 
 
 @attempt("filesystem")
@@ -260,7 +269,7 @@ def kernel_memory_in_proc(_: World) -> Verdict:
 
     tries: list[tuple[str, Callable[[], object]]] = [("open /proc/kallsyms", addresses)]
     names = ("kcore", "keys", "kmsg", "timer_list", "sched_debug", "vmallocinfo")
-    tries += [(f"open /proc/{name}", lambda n=name: bool(_read(f"/proc/{n}", 64)) and "it was read") for name in names]
+    tries += [(f"open /proc/{name}", partial(_readable, f"/proc/{name}")) for name in names]
     return try_each(tries, held=HELD | {errno.EAGAIN})
 
 
@@ -275,7 +284,7 @@ def sys_is_read_only(_: World) -> Verdict:
         "module/kernel/parameters/panic",
     ]
     names += ["devices/system/cpu/cpu1/online", "kernel/debug/sched/verbose", "firmware/efi/vars/new_var", "bus/pci/rescan"]
-    return try_each(((f"open /sys/{name}", lambda n=name: _open(f"/sys/{n}", os.O_WRONLY)) for name in names), held=HELD)
+    return try_each(((f"open /sys/{name}", partial(_open, f"/sys/{name}", os.O_WRONLY)) for name in names), held=HELD)
 
 
 @attempt("filesystem")
@@ -300,7 +309,7 @@ def control_groups(_: World) -> Verdict:
                     yield from (f"{folder}/{name}" for name in files if name in wanted)
 
     return try_each(
-        ((f"open {Path(p).name}", lambda p=p: _open(p, os.O_WRONLY)) for p in paths()), held=HELD, nothing="no control group is seen"
+        ((f"open {Path(p).name}", partial(_open, p, os.O_WRONLY)) for p in paths()), held=HELD, nothing="no control group is seen"
     )
 
 
@@ -308,6 +317,6 @@ def control_groups(_: World) -> Verdict:
 def the_terminal(_: World) -> Verdict:
     """Opens the terminal that the warden was started from, to type into it."""
     return try_each(
-        ((f"open {path}", lambda p=path: _open(p, os.O_RDWR)) for path in ("/dev/tty", "/dev/console", "/dev/tty0")),
+        ((f"open {path}", partial(_open, path, os.O_RDWR)) for path in ("/dev/tty", "/dev/console", "/dev/tty0")),
         held=HELD | {errno.EIO},
     )

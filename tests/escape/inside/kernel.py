@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .calls import all_refused, call, is_refused
@@ -115,7 +116,7 @@ def join_namespaces(world: World) -> Verdict:
         return f"joined {kind}"
 
     kinds = ("net", "uts", "ipc", "cgroup", "mnt", "pid", "user")
-    tries = [(f"setns {kind}", lambda p=pid, k=kind: join(p, k)) for pid in (1, world.victim_pid, "self") for kind in kinds]
+    tries = [(f"setns {kind}", partial(join, pid, kind)) for pid in (1, world.victim_pid, "self") for kind in kinds]
     return try_each(tries, held=NOT_THERE)
 
 

@@ -6,7 +6,8 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from .verdict import NOT_THERE, Verdict, World, attempt, try_each
@@ -21,7 +22,7 @@ IFLA_IFNAME = 3
 TUNSETIFF, IFF_TUN = 0x400454CA, 1
 
 
-def _greeted(family: int, kind: int, address: object) -> str:
+def _greeted(family: int, kind: int, address: tuple[str, int] | str) -> str:
     """What the listener at ``address`` says. Raises OSError."""
     with socket.socket(family, kind) as sock:
         sock.settimeout(TIMEOUT_S)
@@ -35,14 +36,14 @@ def _greeted(family: int, kind: int, address: object) -> str:
 def tcp_to_the_host(world: World) -> Verdict:
     """Connects over IPv4 to a listener on each address of the host."""
     targets = [(address, port) for family, address, port in world.addresses if family == socket.AF_INET]
-    return try_each((("connect", lambda t=t: _greeted(socket.AF_INET, socket.SOCK_STREAM, t)) for t in targets), held=None)
+    return try_each((("connect", partial(_greeted, socket.AF_INET, socket.SOCK_STREAM, t)) for t in targets), held=None)
 
 
 @attempt("network")
 def tcp_over_ipv6(world: World) -> Verdict:
     """Connects over IPv6 to a listener on each address of the host."""
     targets = [(address, port) for family, address, port in world.addresses if family == socket.AF_INET6]
-    tries = (("connect", lambda t=t: _greeted(socket.AF_INET6, socket.SOCK_STREAM, t)) for t in targets)
+    tries = (("connect", partial(_greeted, socket.AF_INET6, socket.SOCK_STREAM, t)) for t in targets)
     return try_each(tries, held=None, nothing="the host has no IPv6")
 
 
@@ -50,7 +51,7 @@ def tcp_over_ipv6(world: World) -> Verdict:
 def udp_to_the_host(world: World) -> Verdict:
     """Sends a datagram to each address of the host and waits for the answer."""
     targets = [(family, (address, port)) for family, address, port in world.udp_addresses]
-    return try_each((("sendto", lambda f=f, t=t: _greeted(f, socket.SOCK_DGRAM, t)) for f, t in targets), held=None)
+    return try_each((("sendto", partial(_greeted, f, socket.SOCK_DGRAM, t)) for f, t in targets), held=None)
 
 
 @attempt("network")
@@ -68,7 +69,7 @@ def name_resolution(world: World) -> Verdict:
             sock.send(question)
             return f"{len(sock.recv(512))} bytes from a name server"
 
-    return try_each((("connect", lambda s=s: ask(s)) for s in servers if ":" not in s), held=None, nothing="no name server is known")
+    return try_each((("connect", partial(ask, s)) for s in servers if ":" not in s), held=None, nothing="no name server is known")
 
 
 @attempt("network")
@@ -110,7 +111,7 @@ def unix_sockets_of_the_host(world: World) -> Verdict:
             sock.connect(path)
             return "connected"
 
-    return try_each((("connect", lambda p=p: reach(p)) for p in paths), held=None)
+    return try_each((("connect", partial(reach, p)) for p in paths), held=None)
 
 
 @attempt("network")
@@ -178,7 +179,11 @@ def network_interfaces(_: World) -> Verdict:
         return [entry.name for entry in Path("/sys/class/net").iterdir()]
 
     sources = {"netlink": _interface_names, "/proc/net/dev": from_proc, "/sys/class/net": from_sys}
-    tries = ((name, lambda s=s: ", ".join(sorted(set(s()) - {"lo"}))) for name, s in sources.items())
+
+    def others(source: Callable[[], list[str]]) -> str:
+        return ", ".join(sorted(set(source()) - {"lo"}))
+
+    tries = ((name, partial(others, source)) for name, source in sources.items())
     verdict = try_each(tries, held=_NO_FAMILY)
     return Verdict(True, verdict.how.replace("nothing found", "a loopback alone")) if verdict.held else verdict
 

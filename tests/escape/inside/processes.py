@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from .calls import all_refused, call, is_refused
@@ -53,7 +54,12 @@ def take_a_descriptor_of_a_process(world: World) -> Verdict:
 @attempt("processes")
 def signal_a_process(world: World) -> Verdict:
     """Sends SIGTERM to a process outside."""
-    return try_each([("kill", lambda: os.kill(world.victim_pid, signal.SIGTERM) or "the signal was sent")], held=NOT_THERE)
+
+    def send() -> str:
+        os.kill(world.victim_pid, signal.SIGTERM)
+        return "the signal was sent"
+
+    return try_each([("kill", send)], held=NOT_THERE)
 
 
 def _pids() -> Iterator[str]:
@@ -71,14 +77,14 @@ def see_processes_of_the_host(world: World) -> Verdict:
     pids = list(_pids())
     if str(world.victim_pid) in pids:
         return Verdict(False, f"{len(pids)} processes are seen, one of the host's among them")
-    return try_each((("open environ", lambda p=pid: look(p)) for pid in pids), held=NOT_THERE)
+    return try_each((("open environ", partial(look, pid)) for pid in pids), held=NOT_THERE)
 
 
 @attempt("processes")
 def reach_the_root_of_a_process(world: World) -> Verdict:
     """Goes through /proc/PID/root and /proc/PID/cwd of every process it sees to a file of the host."""
     paths = [f"/proc/{pid}/{link}{world.secret_file}" for pid in [*_pids(), str(world.victim_pid)] for link in ("root", "cwd", "cwd/..")]
-    return try_each((("open a file below it", lambda p=path: bool(Path(p).read_bytes())) for path in paths), held=NOT_THERE)
+    return try_each((("open a file below it", Path(path).read_bytes) for path in paths), held=NOT_THERE)
 
 
 @attempt("processes")

@@ -257,11 +257,6 @@ class Stage:
         return await self.said(name)
 
 
-def host_processes() -> int:
-    """How many threads this machine runs, those in sandboxes included."""
-    return int(Path("/proc/loadavg").read_text().split()[3].split("/")[1])
-
-
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[int]]:
     """Leaves in the list by how many bytes this process grew at most."""

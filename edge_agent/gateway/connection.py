@@ -14,6 +14,11 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 """A whole image goes to the worker in as few system calls as the kernel's own limit allows."""
 RECEIVE_BYTES = 64 * 1024
 """Frames up to this size arrive with one system call; a larger one gets a buffer of its own."""
+ROOM_AT_ONCE_BYTES = 4 * 1024 * 1024
+"""Room that a frame gets because it says that it needs it; for more, as much has to have come first."""
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+"""Largest frame that answers a call."""
+MAX_HELLO_BYTES = 1024 * 1024
 
 
 class ReplicaLost(Exception):
@@ -45,9 +50,9 @@ class WorkerConnection(asyncio.BufferedProtocol):
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 with unix_socket.pinned(path) as socket_path:
                     _, connection = await loop.create_unix_connection(cls, socket_path)
-                return connection, await connection._hello
+                return connection, await asyncio.shield(connection._hello)
         except (OSError, TimeoutError) as exc:
-            raise ReplicaLost(f"{path.parent.name}: {exc or type(exc).__name__}") from exc
+            raise ReplicaLost(f"{path.parent.parent.name}: {exc or type(exc).__name__}") from exc
         finally:
             if connection is not None and not (connection._hello.done() and connection._hello.exception() is None):
                 connection.close()
@@ -66,6 +71,11 @@ class WorkerConnection(asyncio.BufferedProtocol):
         self._on_free = on_free
         self._transport.writelines(ipc.frame(ipc.Call(self._call, ipc.heads_of(inputs), outputs), [tensor.data for tensor in inputs]))
         return self._answer
+
+    def give_up(self, call: "asyncio.Future[tuple[ipc.Answer, memoryview]]") -> None:
+        """End the connection if that call is still not answered."""
+        if self._answer is call:
+            self.close()
 
     def close(self) -> None:
         """End the connection; a call under way fails."""
@@ -99,9 +109,9 @@ class WorkerConnection(asyncio.BufferedProtocol):
                 header_bytes, body_bytes = ipc.parse_prefix(bytes(self._buffer[: ipc.PREFIX.size]))
                 body_at = ipc.PREFIX.size + header_bytes
                 end = body_at + body_bytes
-                if end > len(self._buffer):
-                    self._grow(end)
+                self._check_expected(end)
                 if self._filled < end:
+                    self._make_room(end)
                     return
                 frame = self._take(end)
                 self._deliver(frame[ipc.PREFIX.size : body_at], frame[body_at:])
@@ -110,9 +120,22 @@ class WorkerConnection(asyncio.BufferedProtocol):
             self._fail(ReplicaLost(f"the worker speaks nonsense: {exc}"))
             self.close()
 
-    def _grow(self, size: int) -> None:
-        """Go on in a buffer that holds the whole frame and nothing more, so that it can be handed out uncopied."""
-        larger = memoryview(bytearray(size))
+    def _check_expected(self, frame_bytes: int) -> None:
+        """A worker may speak when it was asked, and once at the start; how much is bounded by that. Raises codec.Malformed."""
+        if not self._hello.done():
+            most = MAX_HELLO_BYTES
+        elif self._answer is not None:
+            most = MAX_ANSWER_BYTES
+        else:
+            raise codec.Malformed("a frame that nobody asked for")
+        if frame_bytes > most:
+            raise codec.Malformed(f"frame of {frame_bytes} bytes, over {most}")
+
+    def _make_room(self, frame_bytes: int) -> None:
+        """Go on in a buffer that holds the frame and nothing more, so that it can be handed out uncopied; a large one grows as it comes."""
+        if frame_bytes <= len(self._buffer) or (self._filled < len(self._buffer) and self._buffer is not self._small):
+            return
+        larger = memoryview(bytearray(min(frame_bytes, max(ROOM_AT_ONCE_BYTES, 2 * len(self._buffer)))))
         larger[: self._filled] = self._buffer[: self._filled]
         self._buffer = larger
 
@@ -131,9 +154,10 @@ class WorkerConnection(asyncio.BufferedProtocol):
             self._hello.set_result(ipc.parse_header(header, ipc.Hello))
             return
         answer = ipc.parse_header(header, ipc.Answer)
-        waiting, self._answer = self._answer, None
+        waiting = self._answer
         if waiting is None or answer.call != self._call:
             raise codec.Malformed(f"answer to call {answer.call}, which is not under way")
+        self._answer = None
         if not waiting.done():
             waiting.set_result((answer, body))
         self._free()

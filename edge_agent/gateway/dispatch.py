@@ -22,6 +22,8 @@ from skerry.wire.box import LocalReplica
 logger = log.get("gateway.dispatch")
 
 RECONNECT_S = 0.1
+STUCK_AFTER_S = 30.0
+"""A worker that has not answered so long after its caller's deadline is no longer waited for: its slot is made anew."""
 
 
 class TooLate(Exception):
@@ -142,6 +144,9 @@ class Pool:
             answer, body = await call
         except ReplicaLost as exc:
             raise ReplicaLost(f"{replica}: {exc}") from exc
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(STUCK_AFTER_S, connection.give_up, call)
+            raise
         try:
             tensors = ipc.tensors_of(answer.outputs, body)
         except codec.Malformed as exc:

@@ -10,6 +10,7 @@ Anyone may write to ``run`` and read ``model``: it is ``sandboxes`` that only th
 import contextlib
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from skerry.wire.messages import ReplicaSpec
 RUN_MAX_BYTES = 4 * 2**20
 RUN_MAX_ENTRIES = 64
 """A socket directory holds two sockets; whoever puts more there is filling the box's disk."""
+ERASE_TIMEOUT_S = 30.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -113,7 +115,10 @@ class Slots:
     @staticmethod
     def _erase(folder: Path) -> None:
         (folder / "slot.json").unlink(missing_ok=True)  # first: what is half erased is no slot
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except RecursionError:  # folders in folders, as deep as a sandbox could make them
+            subprocess.run(["/bin/rm", "-rf", "--", str(folder)], check=False, timeout=ERASE_TIMEOUT_S)  # noqa: S603 - a path of our own making
 
     def overfull(self, name: str) -> str:
         """What is wrong with a sandbox's socket directory; empty where nothing is. A sandbox could fill the disk there."""

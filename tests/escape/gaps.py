@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from tests.escape.rungs import RUNGS
-
 
 class Gap(NamedTuple):
     """``when`` narrows it to machines of that condition (``Climb.conditions``); empty: everywhere."""
@@ -18,8 +16,6 @@ _OWN_KERNEL = (
     "gVisor's kernel grants it: what it makes is its own, the host's kernel takes no part. A filter of system calls would refuse it."
 )
 _ONE_BY_ONE = "without control groups an address space is all that is bounded, with 2 GiB of slack, and that for each process"
-_BUFFERS = "the gateway makes room for as much as a frame announces, up to 1 GiB for each connection, whether a call is under way or not"
-_HELLO = "a worker that says nothing for 10 s ends the gateway's keeper of that connection, which then is never made again"
 
 GAPS: list[Gap] = [
     *(Gap(name, "gvisor", _OWN_KERNEL, "unfiltered") for name in ("unshare-user", "unshare-mount", "clone-user", "clone-all-namespaces")),
@@ -31,12 +27,6 @@ GAPS: list[Gap] = [
     ),
     *(Gap(name, "process", _ONE_BY_ONE, "rlimits") for name in ("memory-bomb", "memory-bomb-of-many", "memory-files")),
     Gap("processor-hog", "process", "without control groups nothing but niceness holds processor time", "rlimits"),
-    Gap(
-        "log-flood", "process", "the log of a sandbox that has ended is not cut: it stays at up to the bound of a file until it is removed"
-    ),
-    *(Gap(name, rung, _BUFFERS) for name in ("swollen-hello", "swells-when-idle", "announces-a-gibibyte") for rung in RUNGS),
-    *(Gap(name, rung, _HELLO) for name in ("silent", "trickle") for rung in RUNGS),
-    *(Gap("deep-folders-in-the-socket-directory", rung, "removing them recurses deeper than Python lets it") for rung in RUNGS),
 ]
 
 NOT_YET = {

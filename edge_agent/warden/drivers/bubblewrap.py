@@ -39,7 +39,9 @@ OOM_SCORE_ADJUST = 500
 """When memory runs out, the kernel ends a worker before it ends one of the box's own programs."""
 START_TIMEOUT_S = 10.0
 START_POLL_S = 0.001
+MOST_COUNTED = 4096
 REPORT_WITHIN_S = 10.0
+ENDED_LOG_MAX_BYTES = 1024 * 1024
 ADDRESS_SPACE_SLACK_BYTES = 2 * 1024**3
 """Address space that an interpreter with ONNX Runtime reserves and never touches; RLIMIT_AS counts it all the same."""
 
@@ -72,6 +74,15 @@ def _children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def _descendants(pid: int) -> list[int]:
+    """``pid`` and all that came of it; an orphan in a pid namespace is its init's child, so none is missed."""
+    found, open_ends = [], [pid]
+    while open_ends and len(found) < MOST_COUNTED:
+        found.append(open_ends.pop())
+        open_ends += _children(found[-1])
+    return found
 
 
 def _reported_pid(status: Path) -> int:
@@ -273,6 +284,7 @@ class BubblewrapDriver:
 
     def _ending(self, name: str) -> Ending:
         folder = self._run_dir / name
+        ProcessLog(folder / "log").trim(ENDED_LOG_MAX_BYTES)
         exit_code = None
         with contextlib.suppress(OSError, msgspec.DecodeError, IndexError):
             exit_code = msgspec.json.decode((folder / "status").read_text().splitlines()[-1], type=dict[str, int]).get("exit-code")
@@ -288,7 +300,7 @@ class BubblewrapDriver:
         counters = self._groups.counters(name) if self._groups is not None else None
         if counters is not None:
             return Usage(counters.memory_bytes, counters.cpu_seconds, counters.oom_kills, counters.pids_refused)
-        stats = [stat for pid in [handle.pid, *_children(handle.pid)] if (stat := _process_stat(pid)) is not None]
+        stats = [stat for pid in _descendants(handle.pid) if (stat := _process_stat(pid)) is not None]
         return Usage(
             memory_bytes=sum(int(stat[21]) for stat in stats) * _PAGE_BYTES,
             cpu_seconds=sum(int(stat[11]) + int(stat[12]) for stat in stats) / _CLOCK_TICKS,

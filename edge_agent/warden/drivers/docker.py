@@ -38,8 +38,10 @@ IMAGE = "skerry-host-runtime"
 IMAGE_TAG = "1"
 CALL_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 0.5
+GVISOR_PIDS = 256
+"""What gVisor's own kernel takes of a limit of processes, with room."""
 LOG_READ_MAX_BYTES = 256 * 1024
-GVISOR_ADVICE = "the engine's runtime runsc needs the arguments --host-uds=all and, on newer kernels, --network=none"
+GVISOR_ADVICE = "the engine's runtime runsc needs the arguments --host-uds=all, --oci-seccomp and, on newer kernels, --network=none"
 NOBODY = 65534
 """Whom a program runs as where its specification leaves that open."""
 
@@ -188,13 +190,14 @@ class DockerDriver:
             *([Mount(MODEL_DIR, str(spec.model_dir.absolute()), type="bind", read_only=True)] if part.has_model else []),
             *([Mount(SOCKET_DIR, str(spec.socket_dir.absolute()), type="bind")] if part.has_socket else []),
         ]
+        syscalls = docker_profile.profile(part.policy, platform.machine(), is_gvisor=self.rung == "gvisor")
         config: dict[str, Any] = engine.create_host_config(
             network_mode=f"container:{beside}" if beside else "none",
             ipc_mode="private",
             read_only=True,
             cap_drop=["ALL"],
-            security_opt=["no-new-privileges:true", f"seccomp={docker_profile.profile(part.policy, platform.machine())}"],
-            pids_limit=spec.pids_max,
+            security_opt=["no-new-privileges:true", f"seccomp={syscalls}"],
+            pids_limit=spec.pids_max + (GVISOR_PIDS if self.rung == "gvisor" else 0),
             mem_limit=part.memory_bytes,
             memswap_limit=part.memory_bytes,  # memory and swap together: no swap
             nano_cpus=int(spec.cpus * 1_000_000_000),

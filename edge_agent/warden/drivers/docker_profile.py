@@ -6,7 +6,7 @@ import msgspec
 
 from edge_agent.confine.policy import ENOSYS, EPERM, Policy, Rule
 
-_ALLOW, _ERRNO, _KILL = "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"
+_ALLOW, _ERRNO, _KILL, _TRAP = "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP"
 ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 
 
@@ -28,9 +28,11 @@ def _entries_of(rule: Rule) -> list[dict[str, Any]]:
     return [_entry([rule.call], _ALLOW, arguments=[_argument(rule.argument, "SCMP_CMP_MASKED_EQ", mask, value)]) for value in values]
 
 
-def profile(policy: Policy, machine: str) -> str:
+def profile(policy: Policy, machine: str, *, is_gvisor: bool = False) -> str:
     """The profile as a security option wants it. A rule's own errno is lost: the engine has one default answer, EPERM.
 
+    gVisor can't kill a process for a call: it sends SIGSYS, which ends it unless it catches that, and the call is refused. Nor can it
+    answer with another error than the default: clone3 is left to gVisor's own kernel there, since libraries fall back on ENOSYS alone.
     The engine's init calls what a worker does not: it is allowed here by name, which gives a process without capabilities nothing.
     """
     document = {
@@ -38,9 +40,9 @@ def profile(policy: Policy, machine: str) -> str:
         "defaultErrnoRet": EPERM,
         "architectures": [ARCHITECTURES[machine]],
         "syscalls": [
-            _entry(sorted(policy.allow), _ALLOW),
-            _entry(sorted(policy.absent), _ERRNO, errno=ENOSYS),
-            _entry(sorted(policy.kill), _KILL),
+            _entry(sorted(policy.allow | ({"clone3"} & policy.absent if is_gvisor else set())), _ALLOW),
+            *([] if is_gvisor else [_entry(sorted(policy.absent), _ERRNO, errno=ENOSYS)]),
+            _entry(sorted(policy.kill), _TRAP if is_gvisor else _KILL),
             *(entry for rule in policy.rules for entry in _entries_of(rule)),
         ],
     }

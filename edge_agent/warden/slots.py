@@ -93,7 +93,9 @@ class Slots:
         return slot
 
     def give_up(self, name: str, reason: str) -> None:
-        """Remember that this slot's replica is not to be tried again."""
+        """Remember that this slot's replica is not to be tried again. One that never came to a slot is tried anew by the next warden."""
+        if name not in self._held:
+            return
         with contextlib.suppress(OSError):  # a full disk: it is remembered until the warden ends
             self._put(name, msgspec.structs.replace(self._held[name], given_up=reason), None)
 

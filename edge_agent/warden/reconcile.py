@@ -151,8 +151,6 @@ class Reconciler:
         """Until something asks for a look, or it is time for one."""
         starting = any(k.phase == "running" and not k.ready for k in self._known.values())
         is_settled = not starting and not any(k.phase == "fetched" for k in self._known.values())
-        if self._warm.notice():
-            return
         warms = is_settled and await self._warm.tend(self._drivers, free_bytes=self._free_for_warm())
         if starting:
             pause_s = STARTING_POLL_S
@@ -181,6 +179,7 @@ class Reconciler:
         now = time.monotonic()
         want = {spec.name: spec for spec in self.desired.replicas}
         self._roster.take_over(want)
+        self._warm.notice()  # only now: one that came to wait while nothing happened is taken too
         takes = {spec.name: self._warm.takes(spec, driver) for spec in want.values() if (driver := self._driver_for(spec)) is not None}
         plan = diff.next_steps(want, self._roster.seen(), warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
         self._waiting = plan.waiting

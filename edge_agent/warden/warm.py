@@ -40,7 +40,7 @@ class Warm(msgspec.Struct):
 
 
 class WarmPool:
-    """Owns the warm sandboxes of a box, until one is taken. ``wake`` is called when one became ready to be taken."""
+    """Owns the warm sandboxes of a box, until one is taken."""
 
     def __init__(self, config: Config, slots: Slots, journal: Journal) -> None:
         self._most = config.warm_most
@@ -117,13 +117,10 @@ class WarmPool:
                 self._paused_until = time.monotonic() + PAUSE_AFTER_FAILURE_S
                 await self.give_back(name, "it ended")
 
-    def notice(self) -> bool:
-        """Ask who waits for a model by now; says whether somebody new does."""
-        news = False
+    def notice(self) -> None:
+        """See who waits for a model by now."""
         for name, warm in self._held.items():
-            if not warm.is_waiting and launch.is_waiting(self._slots.socket_dir(name)):
-                warm.is_waiting = news = True
-        return news
+            warm.is_waiting = warm.is_waiting or launch.is_waiting(self._slots.socket_dir(name))
 
     async def tend(self, drivers: list[Driver], *, free_bytes: int) -> bool:
         """Become as many as core/pool wants: stop what is too much, begin to start one that is missing. ``free_bytes`` is theirs in all.

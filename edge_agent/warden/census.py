@@ -67,6 +67,8 @@ class Census:
             self._orphans[name] = (driver, now + self._config.orphan_grace_s)
         elif ending is not None and not slot.given_up and (slot.replica is None or slot.boot_id != self._slots.boot_id):
             self._orphans[name] = (driver, now)  # ended for no fault of its own: with the machine, or while it was warm
+        elif ending is None and slot.replica is not None and slot.is_warm and launch.is_waiting(self._slots.socket_dir(name)):
+            self._orphans[name] = (driver, now)  # taken for a replica by a warden that died before it told it so
         elif slot.replica is None:
             self._warm.adopt(name, slot.kind, driver)
         else:

@@ -45,16 +45,21 @@ def fill(folder) -> None:
             file.write(bytes(256))
 
 
+def scaling(factor: float) -> onnx.ModelProto:
+    """y = factor x for x of shape [N, 3]."""
+    graph = oh.make_graph(
+        [oh.make_node("Mul", ["x", "factor"], ["y"])],
+        "scale",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3])],
+        [oh.make_tensor("factor", onnx.TensorProto.FLOAT, [1], [factor])],
+    )
+    return oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9)
+
+
 @pytest.fixture(scope="session")
 def scale_model(tmp_path_factory) -> Path:
     """y = 2 x for x of shape [N, 3]."""
     path = tmp_path_factory.mktemp("model") / "scale.onnx"
-    graph = oh.make_graph(
-        [oh.make_node("Mul", ["x", "two"], ["y"])],
-        "scale",
-        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3])],
-        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 3])],
-        [oh.make_tensor("two", onnx.TensorProto.FLOAT, [1], [2.0])],
-    )
-    onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9), path)
+    onnx.save(scaling(2.0), path)
     return path

@@ -1,0 +1,25 @@
+"""Fixtures of the tests that run a box's warden."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import need
+from tests.contract.test_drivers import absence
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A box's disk, with a path short enough for the sockets on it."""
+    path = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def needs_bubblewrap() -> None:
+    """Skip where bubblewrap does not work."""
+    need("bubblewrap", absence("bubblewrap"))

@@ -29,7 +29,7 @@ class ProcessLog:
             with self._path.open("rb") as log:
                 end = log.seek(0, os.SEEK_END)
                 begin = max(0, end - READ_MAX_BYTES)
-                if after.isdigit() and len(after) < 20:
+                if after.isascii() and after.isdigit() and len(after) < 20:  # not every digit of Unicode is one to int()
                     begin = max(begin, min(int(after) - cut_bytes, end))
                 log.seek(begin)
                 text = log.read(READ_MAX_BYTES)

@@ -6,12 +6,12 @@
 import argparse
 import asyncio
 import os
-import shutil
 import sys
 from pathlib import Path
 
 from edge_agent.warden.config import Config
 from edge_agent.warden.daemon import working_drivers
+from edge_agent.warden.slots import erase
 from skerry.runtime import durable, log, settings
 
 GRACE_S = 1.0
@@ -24,7 +24,7 @@ async def purge(config: Config) -> int:
         for sandbox in await driver.sandboxes():
             await driver.stop(sandbox.name, grace_s=GRACE_S)
             count += 1
-    shutil.rmtree(config.state_dir / "sandboxes", ignore_errors=True)
+    erase(config.state_dir / "sandboxes")
     return count
 
 

@@ -9,8 +9,7 @@ Anyone may write to ``run`` and read ``model``: it is ``sandboxes`` that only th
 
 import contextlib
 import os
-import shutil
-import subprocess
+import uuid
 from pathlib import Path
 
 import msgspec
@@ -24,8 +23,46 @@ from skerry.wire.messages import ReplicaSpec
 RUN_MAX_BYTES = 4 * 2**20
 RUN_MAX_ENTRIES = 64
 """A socket directory holds two sockets; whoever puts more there is filling the box's disk."""
-ERASE_TIMEOUT_S = 30.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def erase(folder: Path) -> None:
+    """Remove a folder of the warden's and all that a sandbox left below it, however deep, and closed or not; what can't be goes unsaid.
+
+    Each directory is first moved to the top, where the sandbox can't reach it: so no path is long, no walk is deep, and nobody can put
+    a link in its place meanwhile.
+    """
+    try:
+        left = [folder, *(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))]
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.unlink()
+        return
+    for here in left:  # grows on the way
+        with contextlib.suppress(OSError):
+            _open_up(here)
+            for entry in list(os.scandir(here)):
+                with contextlib.suppress(OSError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        Path(entry.path).unlink()
+                    elif here != folder:
+                        _open_up(Path(entry.path))
+                        left.append(Path(entry.path).rename(folder / uuid.uuid4().hex))
+    for here in reversed(left):
+        with contextlib.suppress(OSError):
+            here.rmdir()
+        with contextlib.suppress(OSError):
+            here.unlink()  # a link that took its place on the way
+
+
+def _open_up(path: Path) -> None:
+    """Let the owner into a directory. Raises OSError for all else: what a link points to is left alone."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(PermissionError):
+            Path(f"/proc/self/fd/{descriptor}").chmod(0o700)
+    finally:
+        os.close(descriptor)
 
 
 class Slot(msgspec.Struct, frozen=True):
@@ -116,20 +153,25 @@ class Slots:
 
     @staticmethod
     def _erase(folder: Path) -> None:
-        (folder / "slot.json").unlink(missing_ok=True)  # first: what is half erased is no slot
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-        except RecursionError:  # folders in folders, as deep as a sandbox could make them
-            subprocess.run(["/bin/rm", "-rf", "--", str(folder)], check=False, timeout=ERASE_TIMEOUT_S)  # noqa: S603 - a path of our own making
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            (folder / "slot.json").unlink()  # first: what is half erased is no slot
+        erase(folder)
 
     def overfull(self, name: str) -> str:
         """What is wrong with a sandbox's socket directory; empty where nothing is. A sandbox could fill the disk there."""
         size_bytes, entries = 0, 0
-        for folder, folders, files in os.walk(self.socket_dir(name)):
-            for entry in files:
-                with contextlib.suppress(OSError):
+        errors: list[OSError] = []
+        for folder, folders, files in os.walk(self.socket_dir(name), onerror=errors.append):
+            for entry in [*folders, *files]:
+                try:
                     size_bytes += (Path(folder) / entry).lstat().st_blocks * 512
+                except OSError as exc:
+                    errors.append(exc)
+            if any(isinstance(error, PermissionError) for error in errors):
+                break
             entries += len(folders) + len(files)
             if entries > RUN_MAX_ENTRIES or size_bytes > RUN_MAX_BYTES:
                 return f"it filled its socket directory: over {RUN_MAX_ENTRIES} entries or {RUN_MAX_BYTES // 2**20} MiB"
+        if any(isinstance(error, PermissionError) for error in errors):  # it is the warden's own user: what it closes it can fill
+            return "it hides what is in its socket directory: a directory there can't be looked into"
         return ""

@@ -31,11 +31,12 @@ def main() -> None:
     except lockdown.LockdownFailed as exc:
         sys.exit(_failed(str(exc)))
     # Only now: what is imported starts threads, and Landlock binds the thread that asks for it and those that follow.
-    from edge_agent.worker import frames, serve
+    from edge_agent.worker import ahead, frames, serve
     from edge_agent.worker.session import LoadFailed, Session
 
     try:
         if arguments.model is None:
+            ahead.prepare()
             model, warmup = MODEL, serve.wait_for_load(arguments.socket.with_name(CONTROL)).warmup
         else:
             model, warmup = arguments.model, codec.decode(arguments.warmup.encode(), list[WarmupTensor])
@@ -45,6 +46,7 @@ def main() -> None:
     except (LoadFailed, codec.Malformed, lockdown.LockdownFailed) as exc:
         sys.exit(_failed(str(exc)))
     gc.freeze()  # what loading made lives as long as the process: the collector need not walk it in the middle of a request
+    ahead.give_back_soon()
     hello = ipc.Hello(session.inputs, session.outputs, session.provider, session.load_ms, session.warm, confinement)
     serve.serve(listener, session, hello)
 

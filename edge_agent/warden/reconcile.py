@@ -6,6 +6,7 @@ seen (drivers, slots) ---+
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, assert_never
@@ -17,7 +18,7 @@ from edge_agent.warden import launch
 from edge_agent.warden.census import DRIVER_POLL_S, Census
 from edge_agent.warden.config import Config
 from edge_agent.warden.journal import Journal
-from edge_agent.warden.ports import Driver, DriverFailed, Ending
+from edge_agent.warden.ports import SOCKET_NAME, Driver, DriverFailed, Ending
 from edge_agent.warden.roster import Known, Roster
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
@@ -32,6 +33,7 @@ logger = log.get("warden.reconcile")
 
 STEADY_POLL_S = 1.0
 STARTING_POLL_S = 0.005
+SOCKET_POLL_S = 0.001
 STOP_GRACE_S = 3.0
 REMOVE_AGAIN_S = 5.0
 IDLE_POLL_S = 10.0
@@ -149,12 +151,13 @@ class Reconciler:
 
     async def _rest(self, stop: asyncio.Event) -> None:
         """Until something asks for a look, or it is time for one."""
-        starting = any(k.phase == "running" and not k.ready for k in self._known.values())
+        starting = [name for name, k in self._known.items() if k.phase == "running" and not k.ready]
         is_settled = not starting and not any(k.phase == "fetched" for k in self._known.values())
         warms = is_settled and await self._warm.tend(self._drivers, free_bytes=self._free_for_warm())
         if starting:
-            pause_s = STARTING_POLL_S
-        elif warms:
+            await self._until_one_listens(starting, stop)
+            return
+        if warms:
             pause_s = DRIVER_POLL_S
         else:
             now = time.monotonic()
@@ -164,6 +167,15 @@ class Reconciler:
             if not self._known and not times and not self._warm.kinds and not (self.desired and self.desired.replicas):
                 pause_s = IDLE_POLL_S  # an idle box has nothing to look at
         await lifecycle.first_of(self._wake, stop, within_s=pause_s)
+
+    async def _until_one_listens(self, starting: list[str], stop: asyncio.Event) -> None:
+        """The whole look is taken once a socket is there that was not: it costs more than a small model's load may."""
+        silent = [path for name in starting if not os.path.lexists(path := self._slots.socket_dir(name) / SOCKET_NAME)]
+        deadline = time.monotonic() + (DRIVER_POLL_S if len(silent) == len(starting) else STARTING_POLL_S)
+        while time.monotonic() < deadline and not self._wake.is_set() and not stop.is_set():
+            await asyncio.sleep(SOCKET_POLL_S)
+            if any(os.path.lexists(path) for path in silent):
+                return
 
     def _free_for_warm(self) -> int:
         """Memory that no replica holds."""
@@ -184,6 +196,8 @@ class Reconciler:
         plan = diff.next_steps(want, self._roster.seen(), warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
         self._waiting = plan.waiting
         results = await asyncio.gather(*(self._run(step, now) for step in plan.steps))
+        if any(results) and all(isinstance(step, diff.Fetch) for step in plan.steps):
+            await self._converge()  # to find a model in the store takes no time, and to tell of it would
         return any(results)
 
     def _run(self, step: diff.Step, now: float) -> Coroutine[Any, Any, bool]:

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.core.admission import Limits
 from edge_agent.warden.config import Config
+from edge_agent.warden.drivers import host_runtime
 from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
 from edge_agent.warden.drivers.docker import DockerDriver
 from edge_agent.warden.journal import Journal
@@ -95,6 +96,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     except Refused as exc:
         journal.add("desired.damaged", "", f"the document on disk is not used: {exc}", at_ms=time.time_ns() // 1_000_000)
         store.set_aside_desired()
+    await asyncio.to_thread(host_runtime.compile_ours)
     drivers, absent = await working_drivers(config)
     if not drivers:
         journal.add("driver.none", "", f"none of {', '.join(config.drivers)} works on this box", at_ms=time.time_ns() // 1_000_000)

@@ -3,6 +3,7 @@
 No image is pulled or built: a sandbox runs the very interpreter, ONNX Runtime and code that the warden itself runs.
 """
 
+import compileall
 import sys
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def system_mounts() -> list[str]:
     packages = [_OURS / package for package in ("edge_agent", "skerry")]
     ours = [path for path in packages if not path.is_relative_to(sys.prefix) and not path.is_relative_to("/usr")]
     return [*system, *map(str, interpreter), *map(str, ours)]
+
+
+def compile_ours() -> None:
+    """Have bytecode of the worker and what it imports of ours, as an installed package has: a sandbox can keep none, and would compile
+    all of it at each start. A folder that may not be written to is left as it is."""
+    for part in ("edge_agent/worker", "edge_agent/confine", "skerry/wire"):
+        compileall.compile_dir(_OURS / part, quiet=2)
+    for package in ("edge_agent", "skerry"):
+        compileall.compile_file(_OURS / package / "__init__.py", quiet=2)
 
 
 def _threads(cpus: float) -> int:

@@ -78,7 +78,8 @@ def _children(pid: int) -> list[int]:
 
 def _descendants(pid: int) -> list[int]:
     """``pid`` and all that came of it; an orphan in a pid namespace is its init's child, so none is missed."""
-    found, open_ends = [], [pid]
+    found: list[int] = []
+    open_ends = [pid]
     while open_ends and len(found) < MOST_COUNTED:
         found.append(open_ends.pop())
         open_ends += _children(found[-1])

@@ -122,7 +122,7 @@ class Box:
 
     async def want(self, *replicas: ReplicaSpec) -> None:
         """Have a new document accepted, and bring the models that it needs, as the agent would."""
-        routes = {r.deployment: RouteSpec(r.deployment, r.model.name, r.model.version, r.deadline_ms) for r in replicas}
+        routes = {r.deployment: RouteSpec(r.deployment, r.model.name, r.model.version, 1000) for r in replicas}
         generation = 1 if self.desired is None else self.desired.generation + 1
         self.desired = Desired("f", "n", generation, issued_at_ms=1, replicas=list(replicas), routes=list(routes.values()))
         self.warden.accept(self.desired)

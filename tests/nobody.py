@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def _drop() -> list[str]:
-    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.geteuid() == 0 else []
+    """By way of env: setpriv itself starts its program while it still may look anywhere."""
+    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env"] if os.geteuid() == 0 else []
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -74,9 +74,12 @@ class CgroupV1:
         folders = list(dict.fromkeys(root / name for root in self._roots.values()))
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
+        with_swap = memory / "memory.memsw.limit_in_bytes"
+        if with_swap.exists():
+            with_swap.write_text("-1")  # of a group that was left: memory alone may never be more than both together
         (memory / "memory.limit_in_bytes").write_text(str(memory_bytes))
-        if (memory / "memory.memsw.limit_in_bytes").exists():
-            (memory / "memory.memsw.limit_in_bytes").write_text(str(memory_bytes))  # memory and swap together: no swap
+        if with_swap.exists():
+            with_swap.write_text(str(memory_bytes))  # memory and swap together: no swap
         (memory / "memory.swappiness").write_text("0")
         (pids / "pids.max").write_text(str(pids_max))
         (cpu / "cpu.cfs_period_us").write_text(str(PERIOD_US))

@@ -1,6 +1,6 @@
 """What gateway and sandbox add to a bare ``InferenceSession.run``: one caller, one connection, binary tensors, both measured in turn.
 
-``python -m bench.added_latency [--driver bubblewrap|docker] [--client bare|http.client] [--rounds N]``
+``python -m bench.added_latency [--driver bubblewrap|docker|gvisor] [--client bare|http.client] [--rounds N]``
 """
 
 import argparse
@@ -24,9 +24,11 @@ import onnx.helper as oh
 import onnxruntime as ort
 
 from bench.report import report
+from bench.sandboxes import CPUS, MEMORY_BYTES, RUNGS, engine_socket, wait_for_socket
+from edge_agent.warden.drivers import host_runtime
 from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
 from edge_agent.warden.drivers.docker import DockerDriver
-from edge_agent.warden.ports import Driver, SandboxSpec
+from edge_agent.warden.ports import MODEL_FILE, SOCKET_NAME, Driver, SandboxSpec
 from skerry.cli import catalogue
 from skerry.demo.fleet import free_ports
 from skerry.demo.story import CACHE, MODELS
@@ -56,30 +58,44 @@ def bare(model: Path, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
     return lambda: session.run(None, feeds)
 
 
+def placed(folder: Path, name: str, model: Path) -> SandboxSpec:
+    """A worker's sandbox with its directories, as a warden makes them."""
+    place = folder / name
+    (place / "model").mkdir(parents=True)
+    (place / "run").mkdir()
+    (place / "run").chmod(0o777)
+    shutil.copy(model, place / "model" / MODEL_FILE)
+    return SandboxSpec(
+        name=name, argv=host_runtime.with_model(host_runtime.worker_argv(CPUS), []), environment=host_runtime.worker_environment(CPUS),
+        model_dir=place / "model", socket_dir=place / "run", memory_bytes=MEMORY_BYTES, cpus=CPUS,
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def served(folder: Path, driver: Driver, models: dict[str, Path]) -> Iterator[int]:
     """The models in sandboxes behind a gateway of their own; yields its port."""
     routes = []
     for name, model in models.items():
-        spec = SandboxSpec(name=name, model=model, socket_dir=folder / name, memory_bytes=512 * 2**20, cpus=1.0)
+        spec = placed(folder, name, model)
         asyncio.run(driver.start(spec))
-        routes.append(Route(name, name, 1, 5000, replicas=[LocalReplica(name, str(folder / name / "worker.sock"))]))
-    while not all((folder / name / "worker.sock").exists() for name in models):
-        time.sleep(0.02)
-    (folder / "routes.json").write_bytes(codec.encode(RouteTable(1, routes)))
-    (port,) = free_ports(1)
-    (folder / "gateway.toml").write_text(
-        f'node = "bench"\ntier = "edge"\nlisten = "127.0.0.1:{port}"\nsocket = "{folder}/g.sock"\nroutes_file = "{folder}/routes.json"\n'
-    )
-    gateway = subprocess.Popen(
-        [sys.executable, "-m", "edge_agent.gateway", "--config", str(folder / "gateway.toml")], stdout=subprocess.DEVNULL
-    )
+        routes.append(Route(name, name, 1, 5000, replicas=[LocalReplica(name, str(spec.socket_dir / SOCKET_NAME))]))
     try:
-        time.sleep(1.5)
-        yield port
+        for name in models:
+            wait_for_socket(folder / name / "run" / SOCKET_NAME)
+        (folder / "routes.json").write_bytes(codec.encode(RouteTable(1, routes)))
+        (port,) = free_ports(1)
+        paths = f'socket = "{folder}/g.sock"\nroutes_file = "{folder}/routes.json"\n'
+        (folder / "gateway.toml").write_text(f'node = "bench"\ntier = "edge"\nlisten = "127.0.0.1:{port}"\n{paths}')
+        gateway = subprocess.Popen(
+            [sys.executable, "-m", "edge_agent.gateway", "--config", str(folder / "gateway.toml")], stdout=subprocess.DEVNULL
+        )
+        try:
+            time.sleep(1.5)
+            yield port
+        finally:
+            gateway.terminate()
+            gateway.wait()
     finally:
-        gateway.terminate()
-        gateway.wait()
         for name in models:
             asyncio.run(driver.stop(name, grace_s=1))
 
@@ -144,15 +160,24 @@ def medians(first: Callable[[], object], second: Callable[[], object], rounds: i
     return statistics.median(took[0]), statistics.median(took[1])
 
 
+def driver_called(name: str, folder: Path) -> Driver:
+    """The driver of that name, its state below ``folder``."""
+    if name == "bubblewrap":
+        return BubblewrapDriver(folder / "drivers")
+    runtime = "runsc" if name == "gvisor" else ""
+    return DockerDriver(folder / "drivers", socket=engine_socket(), runtime=runtime, owner=f"bench-{folder.name}")
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--driver", choices=["bubblewrap", "docker"], default="bubblewrap")
+    parser.add_argument("--driver", choices=RUNGS, default="bubblewrap")
     parser.add_argument("--client", choices=["bare", "http.client"], default="bare", help="bare: a socket and no HTTP library")
     parser.add_argument("--rounds", type=int, default=2000)
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp"))
-    driver: Driver = BubblewrapDriver(folder / "run") if arguments.driver == "bubblewrap" else DockerDriver(folder / "run", owner="bench")
+    folder = Path(tempfile.mkdtemp(prefix="sk-"))
+    folder.chmod(0o755)
+    driver = driver_called(arguments.driver, folder)
     speech = next(manifest for manifest in catalogue.read_catalogue(MODELS) if manifest.name == "speech-detector")
     models = {"speech": catalogue.materialise(speech, CACHE).resolve(), "image": image_model(folder / "image.onnx")}
     feeds: dict[str, dict[str, np.ndarray]] = {

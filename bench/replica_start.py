@@ -4,10 +4,12 @@
 
 The clock starts where a warden accepts a document that wants one replica more, its model in the store already, and stops at the first
 right answer on the socket that the warden's route table names; then the replica is removed again. Every rung has a warden's loop of its
-own; the rounds go through all of them in turn, so that all see the same machine.
+own; the rounds go through all of them in turn, so that all see the same machine, and each begins once that has little else to do, or has
+had two seconds to.
 
-Beside them: ``docker run`` by hand of the same worker with the same mounts and limits, and MLServer (from PyPI, in an environment of its
-own below ``.cache``) with one ONNX runtime class and no worker processes, which is its fastest, until the same answer over its REST API.
+Beside them: the worker outside of any sandbox; ``docker run`` by hand of the same worker with the same mounts and limits; MLServer (from
+PyPI, in an environment of its own below ``.cache``) with one ONNX runtime class and no worker processes, which is its fastest, until the
+same answer over its REST API.
 """
 
 import argparse
@@ -32,13 +34,16 @@ from bench.sandboxes import (
     WITHIN_S,
     Box,
     Question,
+    bare_worker,
     engine_socket,
     first_answer,
+    quiet,
     run,
     running,
     scratch,
     speech,
     summary,
+    wait_for_socket,
 )
 from edge_agent.confine.policy import FLOOR
 from edge_agent.warden.drivers import docker_profile, host_runtime
@@ -51,7 +56,6 @@ WARM_BAR_S = 0.060
 COLD_BARS_S = {"bubblewrap": 0.3, "docker": 0.7, "gvisor": 1.6}
 MLSERVER = Path(".cache/bench/mlserver")
 MLSERVER_NEEDS = ["mlserver", "uvloop==0.21.*", "onnxruntime"]
-SETTLE_S = 0.3
 RUNTIME = """
 import numpy as np, onnxruntime as ort
 from mlserver import MLModel
@@ -79,7 +83,6 @@ async def timed_start(box: Box, question: Question, *, is_warm: bool) -> float:
     """One round of one rung: start, first answer, and away again."""
     if is_warm:
         await box.warm()
-    await asyncio.sleep(SETTLE_S)
     started = time.perf_counter()
     box.want(1)
     (path,) = await box.sockets(1)
@@ -89,6 +92,24 @@ async def timed_start(box: Box, question: Question, *, is_warm: bool) -> float:
         raise RuntimeError(f"{box.rung}: the replica was {'cold' if is_warm else 'warm'}")
     await box.empty()
     return took_s
+
+
+async def timed_bare(folder: Path, file: Path, model: ModelRef, question: Question) -> float:
+    """The same worker outside of any sandbox, started by nobody's loop."""
+
+    def work() -> float:
+        started = time.perf_counter()
+        process = bare_worker(folder / "bare", file, model.warmup)
+        try:
+            wait_for_socket(folder / "bare" / SOCKET_NAME)
+            first_answer(folder / "bare" / SOCKET_NAME, question)
+            return time.perf_counter() - started
+        finally:
+            process.kill()
+            process.wait()
+            shutil.rmtree(folder / "bare")
+
+    return await asyncio.to_thread(work)
 
 
 # -- docker run, by hand
@@ -219,16 +240,19 @@ async def timed_mlserver(question: Question) -> float:
 # -- all of them in turn
 
 
-async def all_rounds(rounds: dict[str, Round], times: int) -> dict[str, list[float]]:
-    """Each once outside of the count, then all in turn."""
+async def all_rounds(rounds: dict[str, Round], times: int) -> tuple[dict[str, list[float]], int]:
+    """Each once outside of the count, then all in turn; and how many began while other work kept the machine busy."""
     took_s: dict[str, list[float]] = {name: [] for name in rounds}
+    disturbed = 0
     for index in range(times + 1):
         for name, one in rounds.items():
+            is_quiet = await quiet()
             seconds = await one()
             if index:
                 took_s[name].append(seconds)
+                disturbed += not is_quiet
         sys.stderr.write(f"round {index} of {times}: " + ", ".join(f"{n} {s[-1]:.3f}" for n, s in took_s.items() if s) + "\n")
-    return took_s
+    return took_s, disturbed
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, object]:
@@ -249,9 +273,10 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
         if not arguments.skip_mlserver:
             await asyncio.to_thread(prepare_mlserver, file)
             rounds["mlserver"] = lambda: timed_mlserver(question)
-        took_s = await all_rounds(rounds, arguments.rounds)
+        rounds["bare worker"] = lambda: timed_bare(folder, file, model, question)
+        took_s, disturbed = await all_rounds(rounds, arguments.rounds)
     figures: dict[str, object] = {name: summary(seconds, bars.get(name)) for name, seconds in took_s.items()}
-    return {"rounds": arguments.rounds, **figures}
+    return {"rounds": arguments.rounds, "begun_on_a_busy_machine": f"{disturbed} of {len(rounds) * arguments.rounds}", **figures}
 
 
 def _round(box: Box, question: Question, *, is_warm: bool) -> Round:

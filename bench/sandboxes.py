@@ -50,6 +50,7 @@ CPUS = 1.0
 WITHIN_S = 60.0
 POLL_S = 0.005
 TOLERANCE = 1e-4
+QUIET_WITHIN_S, QUIET_LOOK_S, QUIET_SHARE = 2.0, 0.2, 0.8
 TRUTH = """
 import json, sys
 import numpy as np, onnxruntime as ort
@@ -161,6 +162,24 @@ async def until(holds: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(POLL_S)
 
 
+def _idle_ticks() -> int:
+    """Of all processors, those spent on what gives way counted too, since the machine started (proc_stat(5))."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()
+    return int(fields[2]) + int(fields[4]) + int(fields[5])
+
+
+async def quiet() -> bool:
+    """Wait a while for other work on this machine to leave nearly all of its processors; says whether it did."""
+    ticks_per_s = os.sysconf("SC_CLK_TCK") * (os.cpu_count() or 1)
+    deadline = time.monotonic() + QUIET_WITHIN_S
+    while time.monotonic() < deadline:
+        before, started = _idle_ticks(), time.monotonic()
+        await asyncio.sleep(QUIET_LOOK_S)
+        if _idle_ticks() - before >= QUIET_SHARE * ticks_per_s * (time.monotonic() - started):
+            return True
+    return False
+
+
 class Box:
     """A warden's own parts around one driver, its loop running in this process; the model is in its store."""
 
@@ -235,6 +254,7 @@ class Box:
 @contextlib.asynccontextmanager
 async def running(box: Box) -> AsyncIterator[Box]:
     """The box's loop; what it started is stopped in the end."""
+    await asyncio.to_thread(host_runtime.compile_ours)  # as a warden does when it starts
     reason = await box.driver.probe()
     if reason:
         raise RuntimeError(f"{box.rung} does not work here: {reason}")

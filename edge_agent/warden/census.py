@@ -6,6 +6,7 @@ import time
 
 from edge_agent.warden import launch
 from edge_agent.warden.config import Config
+from edge_agent.warden.kernel_log import KernelLog
 from edge_agent.warden.ports import Driver, DriverFailed, Ending
 from edge_agent.warden.roster import Known, Roster
 from edge_agent.warden.slots import Slots
@@ -29,6 +30,7 @@ class Census:
         self._roster = roster
         self._warm = warm
         self._slots = slots
+        self._kernel_log = KernelLog()
         self._orphans: dict[str, tuple[Driver, float]] = {}
         self._drivers_seen_at = self._usage_seen_at = 0.0
 
@@ -107,6 +109,7 @@ class Census:
         if now - self._usage_seen_at >= USAGE_POLL_S:
             self._usage_seen_at = now
             await self._look_at_usage()
+            self._look_at_refusals()
         starting = [(name, k) for name, k in self._roster.known.items() if k.phase == "running" and not k.ready]
         await asyncio.gather(*(self._ask_ready(name, known, now) for name, known in starting))
 
@@ -150,6 +153,14 @@ class Census:
             if usage.pids_refused > known.pids_refused:
                 self._roster.say("sandbox.contained", known.spec.name, f"{usage.pids_refused} times over its limit of processes")
             known.oom_kills, known.pids_refused = usage.oom_kills, usage.pids_refused
+
+    def _look_at_refusals(self) -> None:
+        """System calls that the kernel refused to a sandbox, by its user id."""
+        replicas = {slot.uid: slot.replica.name for slot in self._slots.all().values() if slot.replica is not None}
+        for refused, times in self._kernel_log.new_refusals().items():
+            if refused.uid in replicas:
+                what = "ended for" if refused.is_killed else "refused"
+                self._roster.say("sandbox.contained", replicas[refused.uid], f"{what} the system call {refused.call}, {times} times")
 
     async def _remove_orphans(self, now: float) -> None:
         """What carries our label and is on no record, once its grace is over. What is not ours no driver lists."""

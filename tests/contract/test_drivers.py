@@ -419,6 +419,17 @@ def test_a_worker_has_no_capability_and_no_way_to_gain_one(kit, spec):
     kit.play(scene)
 
 
+@pytest.mark.parametrize("kit", ["bubblewrap", "docker", "gvisor"], indirect=True)
+def test_a_gpu_that_is_not_there_is_refused_by_its_id_and_leaves_nothing(kit, spec):
+    async def scene():
+        driver = kit.make()
+        with pytest.raises(DriverFailed, match="GPU-0000|NVIDIA|nvidia|cdi|gpu"):
+            await driver.start(msgspec.structs.replace(spec, gpus=["GPU-00000000-0000-0000-0000-000000000000"]))
+        assert await driver.sandboxes() == []
+
+    kit.play(scene)
+
+
 @pytest.mark.parametrize("kit", ["docker"], indirect=True)
 def test_wardens_that_share_an_engine_see_their_own_sandboxes_alone(kit, spec, tmp_path):
     async def scene():

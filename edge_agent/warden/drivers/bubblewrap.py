@@ -155,7 +155,7 @@ class BubblewrapDriver:
             command = bubblewrap_command.arguments(spec, is_root=self._is_root)
             await asyncio.to_thread(self._spawn, spec, folder, command, groups)
             pid = await self._child_pid(folder)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, subprocess.SubprocessError, DriverFailed) as exc:
             await self.stop(spec.name, grace_s=0)
             raise DriverFailed(f"{self._bwrap}: {exc}") from exc
         stat = _process_stat(pid)

@@ -61,12 +61,15 @@ def _rmdir(path: Path) -> None:
 
 
 class CgroupV1:
-    """Groups below ``<mount>/skerry-<owner>`` in the hierarchies memory, pids and cpu(acct)."""
+    """Groups below ``<mount>/skerry-<owner>`` in the hierarchies memory, pids and cpu(acct).
+
+    The one in the memory hierarchy is made first and removed last: while there is any, it is seen.
+    """
 
     kind = "cgroup1"
 
     def __init__(self, mounts: dict[str, Path], owner: str) -> None:
-        self._roots = {controller: mount / f"skerry-{owner}" for controller, mount in mounts.items()}
+        self._roots = {controller: mounts[controller] / f"skerry-{owner}" for controller in ("memory", "pids", "cpu", "cpuacct")}
 
     def create(self, name: str, *, memory_bytes: int, cpus: float, pids_max: int) -> list[Path]:
         """See Cgroups."""
@@ -101,8 +104,12 @@ class CgroupV1:
 
     def remove(self, name: str) -> None:
         """See Cgroups."""
-        for root in self._roots.values():
+        memory, *others = dict.fromkeys(self._roots.values())
+        for root in others:
             _rmdir(root / name)
+        if not any((root / name).is_dir() for root in others):
+            _rmdir(memory / name)
+        for root in (memory, *others):
             _rmdir(root)  # the last one out
 
     def names(self) -> set[str]:

@@ -9,7 +9,7 @@ from edge_agent.warden.config import Config
 from edge_agent.warden.kernel_log import KernelLog
 from edge_agent.warden.ports import Driver, DriverFailed, Ending
 from edge_agent.warden.roster import Known, Roster
-from edge_agent.warden.slots import Slots
+from edge_agent.warden.slots import Slot, Slots
 from edge_agent.warden.warm import WarmPool
 from skerry.runtime import lifecycle, log
 
@@ -67,10 +67,8 @@ class Census:
         now = time.monotonic()
         if slot is None:
             self._orphans[name] = (driver, now + self._config.orphan_grace_s)
-        elif ending is not None and not slot.given_up and (slot.replica is None or slot.boot_id != self._slots.boot_id):
-            self._orphans[name] = (driver, now)  # ended for no fault of its own: with the machine, or while it was warm
-        elif ending is None and slot.replica is not None and slot.is_warm and launch.is_waiting(self._slots.socket_dir(name)):
-            self._orphans[name] = (driver, now)  # taken for a replica by a warden that died before it told it so
+        elif self._is_to_begin_anew(name, slot, ending):
+            self._orphans[name] = (driver, now)
         elif slot.replica is None:
             self._warm.adopt(name, slot.kind, driver)
         else:
@@ -83,6 +81,14 @@ class Census:
             else:
                 self._roster.known[name] = known
                 self._roster.say("replica.adopted", slot.replica.name, driver.name)
+
+    def _is_to_begin_anew(self, name: str, slot: Slot, ending: Ending | None) -> bool:
+        """Whether what an earlier warden left is of no use, and no replica is to blame for it."""
+        if slot.given_up:
+            return False
+        if ending is None:  # taken for a replica by a warden that died before it told it so?
+            return slot.is_warm and slot.replica is not None and launch.is_waiting(self._slots.socket_dir(name))
+        return ending.was_cut_off or slot.replica is None or slot.boot_id != self._slots.boot_id
 
     def _adopt_absent(self, name: str) -> None:
         """A slot whose sandbox is gone: remembered where its replica was given up, else begun anew."""

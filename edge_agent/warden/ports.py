@@ -57,6 +57,8 @@ class Ending(msgspec.Struct, frozen=True):
     oom_killed: bool = False
     lines: list[str] = []
     """The last of what it wrote."""
+    was_cut_off: bool = False
+    """Whether it never came to be all there, since whoever started it died at that; parts of it may run until it is stopped."""
 
     @property
     def cause(self) -> Literal["oom", "refused_call", "load_failed", "killed", "exited"]:

@@ -278,12 +278,12 @@ class BubblewrapDriver:
                 ProcessLog(self._run_dir / name / "log").trim(handle.log_max_bytes)
                 found.append(Sandbox(name))
             else:
-                found.append(Sandbox(name, self._ending(name)))
+                found.append(Sandbox(name, self._ending(name, was_cut_off=handle is None)))
         for name in (self._groups.names() if self._groups is not None else set()) - names:
             self._groups.remove(name)  # type: ignore[union-attr]  # left by one that was still ending
         return found
 
-    def _ending(self, name: str) -> Ending:
+    def _ending(self, name: str, *, was_cut_off: bool) -> Ending:
         folder = self._run_dir / name
         ProcessLog(folder / "log").trim(ENDED_LOG_MAX_BYTES)
         exit_code = None
@@ -291,7 +291,7 @@ class BubblewrapDriver:
             exit_code = msgspec.json.decode((folder / "status").read_text().splitlines()[-1], type=dict[str, int]).get("exit-code")
         counters = self._groups.counters(name) if self._groups is not None else None
         lines = ProcessLog(folder / "log").read(LAST_LINES).lines
-        return Ending(exit_code, oom_killed=counters is not None and counters.oom_kills > 0, lines=lines)
+        return Ending(exit_code, oom_killed=counters is not None and counters.oom_kills > 0, lines=lines, was_cut_off=was_cut_off)
 
     async def stats(self, name: str) -> Usage | None:
         """See Driver; without a control group it is the sum over the sandbox's init and what that started."""

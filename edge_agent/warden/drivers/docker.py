@@ -331,7 +331,7 @@ class DockerDriver:
         import docker
 
         if listed.state == "created":
-            return Ending(lines=["made, but not started"])
+            return Ending(lines=["made, but not started"], was_cut_off=True)
         if listed.id not in self._endings:
             try:
                 state = msgspec.convert(engine.inspect_container(listed.id), _Inspected).state

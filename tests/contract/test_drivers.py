@@ -489,8 +489,12 @@ def test_the_fake_follows_its_script(tmp_path, spec):
     kit.play(scene)
 
 
-def test_bubblewrap_a_warden_that_died_before_it_wrote_the_handle_leaves_nothing_that_cannot_be_ended(tmp_path, spec):
+@pytest.mark.parametrize("disk", ["the system's", "one of its own"])
+def test_bubblewrap_a_warden_that_died_before_it_wrote_the_handle_leaves_nothing_that_cannot_be_ended(request, disk, scale_model, tmp_path):
     need("bubblewrap", absence("bubblewrap"))
+    if disk == "one of its own":
+        request.getfixturevalue("small_disk")  # lies at tmp_path
+    spec = spec_of(tmp_path, scale_model)
     driver = BubblewrapDriver(tmp_path / "run")
 
     async def scene():

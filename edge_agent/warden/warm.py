@@ -111,11 +111,14 @@ class WarmPool:
         return True
 
     async def look(self, driver: Driver, running: set[str]) -> None:
-        """``running`` of this driver's sandboxes run; those of ours that do not have ended."""
+        """``running`` of this driver's sandboxes run; those of ours that do not have ended. One that oversteps is ended."""
         for name, warm in list(self._held.items()):
-            if warm.driver is driver and name not in running and name != self._starting_name:
+            if warm.driver is not driver or name == self._starting_name:
+                continue
+            reason = await asyncio.to_thread(self._slots.overfull, name) if name in running else "it ended"
+            if reason:
                 self._paused_until = time.monotonic() + PAUSE_AFTER_FAILURE_S
-                await self.give_back(name, "it ended")
+                await self.give_back(name, reason)
 
     def notice(self) -> None:
         """See who waits for a model by now."""

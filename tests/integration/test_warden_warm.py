@@ -160,6 +160,22 @@ def test_a_warm_one_that_ends_is_removed_and_none_is_started_for_a_while(folder)
     box.play(scene)
 
 
+def test_a_warm_one_that_fills_its_socket_directory_is_ended(folder):
+    box = Box(folder, warm_most=1)
+
+    async def scene():
+        async with box.up():
+            await box.want(box.spec("a-0"))
+            await box.until_ready()
+            warm = await one_waits(box)
+            (box.slots.socket_dir(warm) / "large").write_bytes(bytes(5 * MIB))
+            await box.until_noticed(lambda: warm not in box.world.sandboxes)
+            (entry,) = box.entries("warm.given_back")
+            assert "it filled its socket directory" in entry.text
+
+    box.play(scene)
+
+
 def test_a_warm_one_that_is_gone_when_it_is_to_be_told_its_model_costs_the_replica_no_failure(folder):
     box = Box(folder, warm_most=1)
 

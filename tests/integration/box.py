@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,7 @@ import pytest
 from edge_agent.core.admission import Limits
 from edge_agent.core.report import models_wanted
 from edge_agent.warden.config import Config
-from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
+from edge_agent.warden.daemon import make_driver
 from edge_agent.warden.drivers.fake import FakeDriver, FakeSandbox, FakeWorld
 from edge_agent.warden.journal import Journal
 from edge_agent.warden.ports import Driver
@@ -48,17 +49,19 @@ class Box:
         **settings: Any,
     ) -> None:
         self.folder = folder
+        # Processes are also counted by user: another warden on this machine must not have given the same ids out.
+        uid_first = 1_900_000_000 + int.from_bytes(os.urandom(2)) * 100
         self.world = FakeWorld()
         self.limits = Limits(memory_bytes, gpus or {})
         self.config = Config(
             fleet="f",
-            node="n",
+            node=folder.name,
             state_dir=folder / "w",
             socket=folder / "w.sock",
             incoming_dir=folder / "in",
             routes_file=folder / "routes.json",
             trusted_keys_file=folder / "keys",
-            **{**FAST, **settings},
+            **{**FAST, "uid_first": uid_first, **settings},
         )
         self.config.incoming_dir.mkdir(exist_ok=True)
         self.desired: Desired | None = None
@@ -120,15 +123,28 @@ class Box:
         fields = {"generation": version, "memory_bytes": 256 * MIB, "cpus": 1.0, **fields}
         return ReplicaSpec(name, name.rpartition("-")[0], model=model, **fields)
 
-    async def want(self, *replicas: ReplicaSpec) -> None:
-        """Have a new document accepted, and bring the models that it needs, as the agent would."""
+    def document(self, *replicas: ReplicaSpec) -> Desired:
+        """The next document, by which these replicas are wanted, each deployment's with a route."""
         routes = {r.deployment: RouteSpec(r.deployment, r.model.name, r.model.version, 1000) for r in replicas}
         generation = 1 if self.desired is None else self.desired.generation + 1
-        self.desired = Desired("f", "n", generation, issued_at_ms=1, replicas=list(replicas), routes=list(routes.values()))
-        self.warden.accept(self.desired)
-        for model in models_wanted(self.desired, Store(self.config.state_dir).models()):
-            (self.config.incoming_dir / model.sha256).write_bytes(self._models[model.sha256])
+        self.desired = Desired(
+            self.config.fleet, self.config.node, generation, issued_at_ms=1, replicas=list(replicas), routes=list(routes.values())
+        )
+        return self.desired
+
+    async def want(self, *replicas: ReplicaSpec) -> None:
+        """Have a new document accepted, and bring the models that it needs, as the agent would."""
+        desired = self.document(*replicas)
+        self.warden.accept(desired)
+        for model in models_wanted(desired, Store(self.config.state_dir).models()):
+            self.bring(model)
             await self.warden.arrived(model.sha256, "")
+
+    def bring(self, model: ModelRef) -> Path:
+        """Put a model's bytes where the agent would."""
+        path = self.config.incoming_dir / model.sha256
+        path.write_bytes(self._models[model.sha256])
+        return path
 
     # -- what is
 
@@ -285,20 +301,25 @@ def scaling_file(factor: float) -> bytes:
 
 
 def bubblewrap(box: Box) -> list[Driver]:
-    """The real thing, with control groups of this box's own."""
-    return [BubblewrapDriver(box.config.state_dir / "bubblewrap", owner=f"test-{box.folder.name}")]
+    """The real thing, as the warden's own process has it."""
+    return [make_driver("bubblewrap", box.config)]
 
 
-def processes_of(folder: Path) -> list[int]:
-    """Processes that see something of ``folder``, by the mounts that they were given."""
-    found = []
+def sandboxes_with_processes(folder: Path) -> set[str]:
+    """Sandboxes below ``folder`` of which a process lives, by the socket directory that it was given."""
+    found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and int(entry.name) != os.getpid() and folder.name in (entry / "mountinfo").read_text():
-                found.append(int(entry.name))
-    return sorted(found)
+            if entry.name.isdigit():
+                found |= set(re.findall(f"/{folder.name}/w/sandboxes/([^/ ]+)/run ", (entry / "mountinfo").read_text()))
+    return found
 
 
-def groups_of(folder: Path) -> list[str]:
-    """Control groups of the sandboxes below ``folder``."""
-    return sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"*/skerry-test-{folder.name}/*"))
+def groups_of(folder: Path) -> set[str]:
+    """Sandboxes below ``folder`` that have a control group."""
+    return {path.name for path in Path("/sys/fs/cgroup").glob(f"*/skerry-f-{folder.name}-*/*") if path.is_dir()}
+
+
+def open_descriptors() -> int:
+    """Files that this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())

@@ -1,7 +1,7 @@
 """Fixtures of the tests that run a box's warden."""
 
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from tests.contract.test_drivers import absence
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A box's disk, with a path short enough for the sockets on it."""
-    path = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp"))
+    path = Path(f"/tmp/sk-{uuid.uuid4().hex[:8]}")
+    path.mkdir(mode=0o700)
     yield path
     shutil.rmtree(path)
 

@@ -17,6 +17,7 @@ logger = log.get("warden.census")
 
 DRIVER_POLL_S = 0.2
 """While a worker starts its socket is looked at often, its driver not: an engine's answer takes longer than a load."""
+LATELY_S = 1.5
 USAGE_POLL_S = 5.0
 ASK_AGAIN_S = 5.0
 
@@ -100,10 +101,10 @@ class Census:
 
     # -- from then on
 
-    async def look(self) -> None:
-        """Who ended, who is ready now, who oversteps, whose grace is over."""
+    async def look(self, *, is_urgent: bool = False) -> None:
+        """Who ended, who is ready now, who oversteps, whose grace is over. Where it is urgent, drivers that were asked lately are not."""
         now = time.monotonic()
-        if now - self._drivers_seen_at >= DRIVER_POLL_S:
+        if now - self._drivers_seen_at >= (LATELY_S if is_urgent else DRIVER_POLL_S):
             self._drivers_seen_at = now
             busy = {known.driver.name for known in self._roster.known.values() if known.driver} | {
                 k.driver for k in self._warm.kinds.values()

@@ -139,8 +139,9 @@ class Reconciler:
         """Adopt what an earlier warden started, then converge until ``stop`` is set. Sandboxes are left running."""
         await self._census.adopt(stop)
         while not stop.is_set():
+            is_news = self._wake.is_set()
             self._wake.clear()
-            await self._census.look()
+            await self._census.look(is_urgent=is_news)  # what it does not see now it sees once the news are acted on
             moved = await self._converge()
             self._publish()
             self._journal.flush()

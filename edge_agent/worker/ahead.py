@@ -6,15 +6,23 @@ are set up or read from disk when they are first used. In a sandbox whose kernel
 
 import contextlib
 import ctypes
+import math
+import socket
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
+
+from edge_agent.worker import serve
+from edge_agent.worker.session import Session
+from skerry.wire import ipc
 
 HEAP_BYTES = 16 * 2**20
 """About what loading a model of a few megabytes takes at its peak; a waiting worker holds it."""
 GIVE_BACK_AFTER_S = 1.0
+SERVE_ONCE_WITHIN_S = 10.0
+INPUT_SHAPE = (1, 1, 8)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_THRESHOLD_BYTES = 32 * 2**20
 """What glibc itself raises its thresholds to once a block of that size was freed (mallopt(3)); that for trimming is twice as much."""
@@ -30,7 +38,7 @@ def prepare() -> None:
     with contextlib.suppress(AttributeError):  # a C library without these
         _fill_heap()
     with contextlib.suppress(Exception):  # an ONNX Runtime that does not like our model
-        _run_once()
+        _serve_once()
 
 
 def _fill_heap() -> None:
@@ -45,12 +53,28 @@ def _fill_heap() -> None:
         _libc.free(block)
 
 
-def _run_once() -> None:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    session = ort.InferenceSession(small_model(), sess_options=options, providers=["CPUExecutionProvider"])
-    session.run(None, {"x": np.zeros((1, 1, 8), np.float32)})
+def _serve_once() -> None:
+    """Load a small model and answer one call on a connection, as the real one will: what is used for the first time is used here."""
+    import tempfile  # a worker that has its model already does without
+
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(small_model())
+        file.flush()
+        session = Session(Path(file.name), threads=1, warmup=[])
+    content = bytes(4 * math.prod(INPUT_SHAPE))
+    call = ipc.Call(1, [ipc.TensorHead("x", "FP32", INPUT_SHAPE, len(content))])
+    ours, its = socket.socketpair()
+    with ours:
+        ours.settimeout(SERVE_ONCE_WITHIN_S)
+        slots = threading.Semaphore()
+        hello = ipc.Hello(session.inputs, session.outputs, session.provider)
+        server = threading.Thread(target=serve.serve_connection, args=(its, session, hello, slots), daemon=True)
+        server.start()
+        ours.sendall(b"".join(ipc.frame(call, [content])))
+        ours.shutdown(socket.SHUT_WR)
+        while ours.recv(serve.RECEIVE_BYTES):
+            pass
+        server.join()
 
 
 def give_back_soon() -> None:
@@ -123,7 +147,7 @@ def small_model() -> bytes:
             _weights("u", [1, 16, 4]),
             _weights("m", [4, 4]),
             _weights("one", [1], _INT64, (1).to_bytes(8, "little")),
-            _value(11, "x", [1, 1, 8]),
+            _value(11, "x", INPUT_SHAPE),
             _value(12, "y", [8, 1, 4]),
             _value(12, "s", [8, 1, 4]),
         ]

@@ -25,7 +25,8 @@ def _answer(session: Session, call: ipc.Call, body: memoryview) -> tuple[ipc.Ans
     return ipc.Answer(call.call, ipc.heads_of(outputs), compute_us), [output.data for output in outputs]
 
 
-def _serve_connection(connection: socket.socket, session: Session, hello: ipc.Hello, slots: threading.Semaphore) -> None:
+def serve_connection(connection: socket.socket, session: Session, hello: ipc.Hello, slots: threading.Semaphore) -> None:
+    """Answer calls until the peer hangs up; frees a place in ``slots`` then."""
     try:
         with connection:
             send(connection, hello, [])
@@ -60,4 +61,4 @@ def serve(listener: socket.socket, session: Session, hello: ipc.Hello) -> None:
         while True:
             slots.acquire()
             connection, _ = listener.accept()
-            threading.Thread(target=_serve_connection, args=(connection, session, hello, slots), daemon=True).start()
+            threading.Thread(target=serve_connection, args=(connection, session, hello, slots), daemon=True).start()

@@ -2,11 +2,13 @@
 
 ``python -m bench.sandbox_leaks [--rung bubblewrap|docker|gvisor] [--cycles N]``
 
-Counted on the whole machine, as sets of things that can be told apart: mounts, control groups of every hierarchy, processes (those in
+Looked at on the whole machine, as sets of things that can be told apart: mounts, control groups of every hierarchy, processes (those in
 other namespaces than this one's, and those that make sandboxes), Unix sockets with a name, shared memory, network namespaces that a process
 or a mount holds; besides all open descriptors and threads of this process, all files below the warden's state directory but its journal,
 and the engine's containers, images and volumes. What was not there before and stays there for as long as it is looked at (``--settle-s``)
-is left: what other work on this machine makes and takes away again does not count. Exit status 1 where anything is left.
+is ``left`` where it carries a mark of a sandbox of this run (our folder, the warden's owner, a container's id, a namespace that was seen
+while the sandbox ran) or nothing tells whose it is; other new things are counted as ``elsewhere``: a machine does other work too.
+Exit status 1 where anything is left.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.replica_memory import processes as sandbox_processes
 from bench.report import report
 from bench.sandboxes import RUNGS, Box, engine_socket, first_answer, run, running, scratch, speech, summary
 
@@ -26,6 +29,10 @@ LOOK_EVERY_S = 0.5
 NAMED = 3
 MAKERS = ("bwrap", "setsid", "runsc", "containerd-shim", "docker-init", "exe")
 JOURNAL = "journal.db"
+NAMESPACES = ("net", "pid", "mnt", "ipc", "uts")
+UNMARKED = ("shared_memory", "state_files", "containers", "images", "volumes")
+"""Kinds of things in which nothing says whose they are, or all are ours."""
+_CONTAINER = re.compile("[0-9a-f]{64}")
 _VOLATILE = re.compile(r"^\d+ \d+ \d+:\d+ ")
 
 Seen = dict[str, set[str]]
@@ -43,7 +50,7 @@ def control_groups() -> set[str]:
 
 
 def processes() -> tuple[set[str], set[str]]:
-    """Processes of sandboxes, by pid and start, and the network namespaces that any process is in."""
+    """Processes of sandboxes, by pid, start and what they belong to, and the network namespaces that any process is in."""
     found, networks = set(), set()
     own = Path("/proc/self/ns/pid").readlink()
     for entry in Path("/proc").iterdir():
@@ -54,7 +61,8 @@ def processes() -> tuple[set[str], set[str]]:
             name = (entry / "comm").read_text().strip()
             if (entry / "ns/pid").readlink() != own or name.startswith(MAKERS):
                 started = (entry / "stat").read_text().rpartition(")")[2].split()[19]
-                found.add(f"{entry.name} {started} {name}")
+                belongs = f"{(entry / 'ns/pid').readlink()} {(entry / 'cgroup').read_text()} {(entry / 'cmdline').read_text()}"
+                found.add(f"{entry.name} {started} {name} {belongs}")
     networks |= {line.split()[3] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - nsfs " in line}
     return found, networks
 
@@ -102,37 +110,65 @@ def look(box: Box) -> Seen:
     }
 
 
+def marks_of(box: Box) -> set[str]:
+    """By what things of the sandbox that runs now can be known."""
+    found: set[str] = set()
+    for name in box.slots.all():
+        inside, shims = sandbox_processes(box, name)
+        for pid in inside:
+            for kind in NAMESPACES:
+                with contextlib.suppress(OSError):
+                    found.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
+        for pid in shims:
+            with contextlib.suppress(OSError):
+                found.update(_CONTAINER.findall(Path(f"/proc/{pid}/cmdline").read_text()))
+    return found - {str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in NAMESPACES}
+
+
+def split(new: Seen, marks: set[str]) -> tuple[Seen, Seen]:
+    """Ours, and what is of others."""
+    ours = {kind: {i for i in items if kind in UNMARKED or any(mark in i for mark in marks)} for kind, items in new.items()}
+    return ours, {kind: items - ours[kind] for kind, items in new.items()}
+
+
 def own() -> dict[str, int]:
     """Of this process: descriptors and threads, the engine's client shut."""
     return {"descriptors": len(list(Path("/proc/self/fd").iterdir())), "threads": len(list(Path("/proc/self/task").iterdir()))}
 
 
-async def left_behind(box: Box, before: Seen, own_before: dict[str, int], settle_s: float) -> tuple[Seen, dict[str, int]]:
-    """What is new and stays, looked at until nothing is or the time is over."""
-    left: Seen | None = None
+async def left_behind(
+    box: Box, before: Seen, own_before: dict[str, int], marks: set[str], settle_s: float
+) -> tuple[Seen, Seen, dict[str, int]]:
+    """What is new and stays, ours and of others, looked at until nothing of ours is or the time is over."""
+    left: Seen = {}
+    ours: Seen = {}
+    others: Seen = {}
     grown: dict[str, int] = {}
     deadline = time.monotonic() + settle_s
-    while left is None or ((any(left.values()) or any(grown.values())) and time.monotonic() < deadline):
+    while not left or ((any(ours.values()) or any(grown.values())) and time.monotonic() < deadline):
         await asyncio.sleep(LOOK_EVERY_S)
         now = {kind: items - before.get(kind, set()) for kind, items in look(box).items()}
-        left = now if left is None else {kind: items & now.get(kind, set()) for kind, items in left.items()}
+        left = {kind: items & now.get(kind, set()) for kind, items in left.items()} if left else now
+        ours, others = split(left, marks)
         more = {kind: max(0, count - own_before[kind]) for kind, count in own().items()}
         grown = {kind: min(count, grown.get(kind, count)) for kind, count in more.items()}
-    return left, grown
+    return ours, others, grown
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """A few cycles outside of the count, then all of them between two looks."""
     model, file, question = speech()
     took_s: list[float] = []
+    marks: set[str] = set()
 
     async def cycle() -> None:
         started = time.perf_counter()
         box.want(1)
         (path,) = await box.sockets(1)
         await asyncio.to_thread(first_answer, path, question)
-        await box.empty()
         took_s.append(time.perf_counter() - started)
+        marks.update(await asyncio.to_thread(marks_of, box))
+        await box.empty()
 
     with scratch() as folder:
         async with running(Box(folder / "box", arguments.rung, model=model, file=file)) as box:
@@ -145,14 +181,16 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
                 await cycle()
                 if index % 20 == 19:
                     sys.stderr.write(f"cycle {index + 1} of {arguments.cycles}\n")
-            left, grown = await left_behind(box, before, own_before, arguments.settle_s)
+            marks.update({str(folder), f"{box.config.fleet}-{box.config.node}-"})
+            left, others, grown = await left_behind(box, before, own_before, marks, arguments.settle_s)
     counts = {kind: len(items) for kind, items in left.items()} | grown
     return {
         "rung": arguments.rung,
         "cycles": arguments.cycles,
-        "cycle": summary(took_s),
+        "first_answer": summary(took_s),
         "left": counts,
-        "such_as": {kind: sorted(items)[:NAMED] for kind, items in left.items() if items},
+        "such_as": {kind: [item[:200] for item in sorted(items)[:NAMED]] for kind, items in left.items() if items},
+        "elsewhere": {kind: len(items) for kind, items in others.items() if items},
         "bar_left": 0,
         "reached": not any(counts.values()),
     }

@@ -58,7 +58,7 @@ def _code_files() -> list[tuple[Path, str]]:
     found: list[Path] = []
     for name in CODE:
         path = root / name
-        found += [path] if path.is_file() else sorted(path.rglob("*.py"))
+        found += [path] if path.is_file() else sorted([*path.rglob("*.py"), *path.rglob("*.onnx")])
     return [(path, f"code/{path.relative_to(root)}") for path in found]
 
 

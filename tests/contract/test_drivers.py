@@ -423,7 +423,7 @@ def test_a_worker_has_no_capability_and_no_way_to_gain_one(kit, spec):
 def test_a_gpu_that_is_not_there_is_refused_by_its_id_and_leaves_nothing(kit, spec):
     async def scene():
         driver = kit.make()
-        with pytest.raises(DriverFailed, match="GPU-0000|NVIDIA|nvidia|cdi|gpu"):
+        with pytest.raises(DriverFailed, match=r"GPU-0000|NVIDIA|nvidia|cdi|gpu"):
             await driver.start(msgspec.structs.replace(spec, gpus=["GPU-00000000-0000-0000-0000-000000000000"]))
         assert await driver.sandboxes() == []
 

@@ -308,7 +308,7 @@ def test_a_warden_that_is_killed_again_and_again_while_it_starts_workers_ends_wi
     box = Box(folder, bubblewrap, memory_bytes=8192 * MIB, orphan_grace_s=0.5)  # of a probe, too
     warden = WardenProcess(box, Ed25519PrivateKey.generate())
     names = ["a-0", "b-0", "c-0"]
-    moments = ["*/socket_dir", "*/log", "*/status", "*/handle.json", "../sandboxes/*/run/worker.sock"]
+    moments = ["*", "*/log", "*/status", "*/handle.json", "../sandboxes/*/run/worker.sock"]
 
     def made(pattern: str) -> set[Path]:
         return {path for path in (box.config.state_dir / "bubblewrap").glob(pattern) if "probe" not in str(path)}

@@ -63,6 +63,19 @@ def test_a_slot_is_open_to_its_sandbox_and_its_entry_to_the_warden_alone(root, s
     assert {entry.name for entry in (root / "a").iterdir()} == {"slot.json", "model", "run"}
 
 
+def test_whose_a_slot_is_no_other_program_of_the_box_may_change_whatever_the_umask(root, scale_model):
+    umask = os.umask(0o007)  # the unit's; `sandboxes` hands its group down
+    try:
+        slots = slots_of(root)
+        open_slot(slots, "a", replica=None)
+        entry = root / "a" / "slot.json"
+        assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+        slots.claim("a", REPLICA, scale_model, Attempts())
+        assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    finally:
+        os.umask(umask)
+
+
 def test_a_warm_slot_becomes_a_replicas_and_keeps_its_user_id(root, scale_model):
     slots = slots_of(root)
     warm = open_slot(slots, "a", replica=None)

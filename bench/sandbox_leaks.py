@@ -6,8 +6,8 @@ Looked at on the whole machine, as sets of things that can be told apart: mounts
 other namespaces than this one's, and those that make sandboxes), Unix sockets with a name, shared memory, network namespaces that a process
 or a mount holds; besides all open descriptors and threads of this process, all files below the warden's state directory but its journal,
 and the engine's containers, images and volumes. What was not there before and stays there for as long as it is looked at (``--settle-s``)
-is ``left`` where it carries a mark of a sandbox of this run (our folder, the warden's owner, a container's id, a namespace that was seen
-while the sandbox ran) or nothing tells whose it is; other new things are counted as ``elsewhere``: a machine does other work too.
+is ``left`` where it carries a mark of a sandbox of this run (our folder, the warden's owner, a container's id, a network
+namespace's mount) or nothing tells whose it is; other new things are counted as ``elsewhere``: a machine does other work too.
 Exit status 1 where anything is left.
 """
 
@@ -30,7 +30,6 @@ POOL_MOST, POOL_FILLS_S = 32, 0.1
 NAMED = 3
 MAKERS = ("bwrap", "setsid", "runsc", "containerd-shim", "docker-init", "exe")
 JOURNAL = "journal.db"
-NAMESPACES = ("net", "pid", "mnt", "ipc", "uts")
 UNMARKED = ("shared_memory", "state_files", "containers", "images", "volumes")
 """Kinds of things in which nothing says whose they are, or all are ours."""
 _CONTAINER = re.compile("[0-9a-f]{64}")
@@ -50,22 +49,31 @@ def control_groups() -> set[str]:
     return {folder for fields in lines if fields[2] in ("cgroup", "cgroup2") for folder, _, _ in os.walk(fields[1])}
 
 
-def processes() -> tuple[set[str], set[str]]:
-    """Processes of sandboxes, by pid, start and what they belong to, and the network namespaces that any process is in."""
+def processes(folder: str) -> tuple[set[str], set[str]]:
+    """Processes of sandboxes, by pid, start and what they belong to; and who holds which other network namespace."""
     found, networks = set(), set()
-    own = Path("/proc/self/ns/pid").readlink()
+    own = {kind: Path(f"/proc/self/ns/{kind}").readlink() for kind in ("net", "pid")}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         with contextlib.suppress(OSError):
-            networks.add(str((entry / "ns/net").readlink()))
-            name = (entry / "comm").read_text().strip()
-            if (entry / "ns/pid").readlink() != own or name.startswith(MAKERS):
-                started = (entry / "stat").read_text().rpartition(")")[2].split()[19]
-                belongs = f"{(entry / 'ns/pid').readlink()} {(entry / 'cgroup').read_text()} {(entry / 'cmdline').read_text()}"
-                found.add(f"{entry.name} {started} {name} {belongs}")
-    networks |= {line.split()[3] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - nsfs " in line}
-    return found, networks
+            name, network = (entry / "comm").read_text().strip(), (entry / "ns/net").readlink()
+            is_inside = (entry / "ns/pid").readlink() != own["pid"]
+            if not is_inside and network == own["net"] and not name.startswith(MAKERS):
+                continue
+            started = (entry / "stat").read_text().rpartition(")")[2].split()[19]
+            sees = folder if folder in (entry / "mountinfo").read_text() else ""
+            belongs = f"{name} {sees} {(entry / 'cgroup').read_text()} {(entry / 'cmdline').read_text()}"
+            found.add(f"{entry.name} {started} {belongs}")
+            if network != own["net"]:
+                networks.add(f"{network} {entry.name} {belongs}")
+    return found, networks | {f"{inode} {point}" for inode, point in network_mounts()}
+
+
+def network_mounts() -> set[tuple[str, str]]:
+    """Network namespaces that a mount holds, and where."""
+    lines = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - nsfs " in line)
+    return {(fields[3], fields[4]) for fields in lines}
 
 
 def named_sockets() -> set[str]:
@@ -97,8 +105,8 @@ def of_the_engine() -> Seen:
 
 def look(box: Box) -> Seen:
     """Everything, once."""
-    inside, networks = processes()
     state = box.config.state_dir
+    inside, networks = processes(str(state))
     return {
         "mounts": mounts(),
         "control_groups": control_groups(),
@@ -112,18 +120,17 @@ def look(box: Box) -> Seen:
 
 
 def marks_of(box: Box) -> set[str]:
-    """By what things of the sandbox that runs now can be known."""
+    """By what things of the sandbox that runs now can be known: its container's id, and where its network namespace is mounted."""
     found: set[str] = set()
     for name in box.slots.all():
         inside, shims = sandbox_processes(box, name)
-        for pid in inside:
-            for kind in NAMESPACES:
-                with contextlib.suppress(OSError):
-                    found.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
+        with contextlib.suppress(OSError):
+            networks = {str(Path(f"/proc/{pid}/ns/net").readlink()) for pid in inside} - {str(Path("/proc/self/ns/net").readlink())}
+            found.update(point for inode, point in network_mounts() if inode in networks)
         for pid in shims:
             with contextlib.suppress(OSError):
                 found.update(_CONTAINER.findall(Path(f"/proc/{pid}/cmdline").read_text()))
-    return found - {str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in NAMESPACES}
+    return found
 
 
 def split(new: Seen, marks: set[str]) -> tuple[Seen, Seen]:

@@ -54,15 +54,23 @@ class Journal:
 
     def add(self, kind: str, subject: str = "", text: str = "", *, at_ms: int) -> None:
         """Write an entry down; while the disk refuses it waits in memory."""
+        self.note(kind, subject, text, at_ms=at_ms)
+        self.flush()
+
+    def note(self, kind: str, subject: str = "", text: str = "", *, at_ms: int) -> None:
+        """Have an entry written down by the next flush: a disk takes longer to be sure of it than a warm replica takes to start."""
         self._dropped += len(self._pending) == PENDING
         self._pending.append((at_ms, kind, subject, text[:2000]))
-        self.flush()
-        self.on_add()
 
     def flush(self) -> None:
-        """Try again what the disk refused."""
+        """Write down what was noted, and try again what the disk refused."""
         if not self._pending:
             return
+        self._write_pending()
+        if not self._pending:
+            self.on_add()
+
+    def _write_pending(self) -> None:
         with contextlib.suppress(sqlite3.OperationalError), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT INTO entries (at_ms, kind, subject, text) VALUES (?, ?, ?, ?)", list(self._pending))

@@ -68,7 +68,7 @@ class Roster:
 
     def say(self, kind: str, subject: str, text: str = "") -> None:
         """Put it on record."""
-        self._journal.add(kind, subject, text, at_ms=time.time_ns() // 1_000_000)
+        self._journal.note(kind, subject, text, at_ms=time.time_ns() // 1_000_000)
         logger.info(kind, subject=subject, text=text)
 
     def seen(self) -> dict[str, diff.Seen]:

@@ -160,6 +160,7 @@ class WarmPool:
             self._say("warm.started", name, launch.in_words(kind))
         finally:
             self._starting_name = ""
+            self._journal.flush()  # the loop may rest for a while
 
     async def close(self) -> None:
         """Let a start that is under way end, so that what it started is on record."""
@@ -168,5 +169,5 @@ class WarmPool:
                 await asyncio.wait_for(asyncio.shield(self._starting), 4.0)
 
     def _say(self, kind: str, subject: str, text: str) -> None:
-        self._journal.add(kind, subject, text, at_ms=time.time_ns() // 1_000_000)
+        self._journal.note(kind, subject, text, at_ms=time.time_ns() // 1_000_000)
         logger.info(kind, subject=subject, text=text)

@@ -23,6 +23,8 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 12.0
 FLEET = "demo"
 _PR_SET_PDEATHSIG = 1
+UID_FIRST, UIDS_PER_BOX = 1_879_100_000, 1000
+"""Boxes that share a machine must not share the user ids of their sandboxes."""
 
 
 class DemoFailed(Exception):
@@ -116,7 +118,8 @@ gateway_url = "{url}"\nsample_every_s = 0.5\nwill_delay_s = 2\nreconnect_most_s 
             "warden": f"""fleet = "{FLEET}"\nnode = "{name}"\nstate_dir = "{folder}/warden"\nsocket = "{folder}/warden.sock"
 incoming_dir = "{folder}/agent/incoming"\nroutes_file = "{folder}/routes.json"
 trusted_keys_file = "{self.folder}/coordinator/signing.pub"\ndrivers = {json.dumps(self._drivers)}
-docker_socket = "{docker_socket()}"\ndrain_s = 0.5\nwarm_most = {self._warm_most}\n""",
+docker_socket = "{docker_socket()}"\ndrain_s = 0.5\nwarm_most = {self._warm_most}
+uid_first = {UID_FIRST + UIDS_PER_BOX * len(self.boxes)}\n""",
             "gateway": f"""node = "{name}"\ntier = "{tier}"\nlisten = "127.0.0.1:{gateway_port}"\nsocket = "{folder}/gateway.sock"
 routes_file = "{folder}/routes.json"\nupstream_proxy = "http://127.0.0.1:{proxy_port}"\n""",
         }

@@ -62,7 +62,8 @@ async def fork_bomb(stage: Stage) -> Verdict:
         forks, ended = _number(await stage.said("bomb"), "forks"), await stage.ended("bomb")
     if not forks and ended is None:
         raise Broken("the bomb said nothing")
-    return Verdict(0 < peak <= spec.pids_max + OWN_PROCESSES, f"at most {peak} processes on the host, {spec.pids_max} are allowed")
+    allowed = spec.pids_max + (GVISOR_PIDS if stage.rung == "gvisor" else 0)
+    return Verdict(0 < peak <= allowed + OWN_PROCESSES, f"at most {peak} processes on the host, {allowed} are allowed")
 
 
 async def _memory(stage: Stage, program: str) -> Verdict:

@@ -23,9 +23,9 @@ EXPOSURE = [
     ("gateway", [], 11),
     ("coordinator", [], 11),
     ("coordinator", ["broker-tls"], 11),
-    ("warden", [], 19),
-    ("warden", ["docker"], 19),
-    ("warden", ["docker", "nvidia"], 21),
+    ("warden", [], 21),
+    ("warden", ["docker"], 21),
+    ("warden", ["docker", "nvidia"], 23),
 ]
 
 
@@ -167,6 +167,10 @@ def test_groups_for_sandboxes_are_made_only_where_the_warden_has_a_subgroup_of_i
 def test_a_worker_can_lock_itself_down_under_the_wardens_list_of_system_calls():
     allowed = " ".join(settings_of("warden")["SystemCallFilter"]).split()
     assert {"seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"} <= set(allowed)
+
+
+def test_the_warden_may_open_files_the_way_a_later_bubblewrap_does():
+    assert settings_of("warden")["RestrictSUIDSGID"] == ["no"], "systemd answers openat2 with ENOSYS where it is on"
 
 
 def test_sandboxes_outlive_the_warden():

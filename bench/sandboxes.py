@@ -212,9 +212,7 @@ class Box:
         """Accept a document with that many replicas."""
         self._generation += 1
         name = self.model.name
-        specs = [
-            ReplicaSpec(f"{name}-{n}", name, self._generation, self.model, MEMORY_BYTES, CPUS, deadline_ms=100) for n in range(replicas)
-        ]
+        specs = [ReplicaSpec(f"{name}-{n}", name, self._generation, self.model, MEMORY_BYTES, CPUS) for n in range(replicas)]
         routes = [RouteSpec(name, name, 1, 1000)] if replicas else []
         self.reconciler.accept(Desired("bench", self.config.node, self._generation, time.time_ns() // 1_000_000, specs, routes))
 

@@ -117,7 +117,7 @@ class Slots:
         folder = self._root / name
         self._erase(folder)
         folder.mkdir(mode=0o755)
-        for part, mode in ((self.model_dir(name), 0o755), (self.socket_dir(name), 0o777)):
+        for part, mode in ((self.model_dir(name), 0o755), (self.socket_dir(name), 0o1777)):
             part.mkdir()
             part.chmod(mode)
         self._put(name, slot, model)

@@ -57,7 +57,7 @@ def test_no_two_slots_ever_share_a_user_id_and_ids_are_used_again(tmp_path_facto
 def test_a_slot_is_open_to_its_sandbox_and_its_entry_to_the_warden_alone(root, scale_model):
     slots = slots_of(root)
     open_slot(slots, "a", model=scale_model)
-    assert stat.S_IMODE(slots.socket_dir("a").stat().st_mode) == 0o777
+    assert stat.S_IMODE(slots.socket_dir("a").stat().st_mode) == 0o1777
     assert stat.S_IMODE(slots.model_dir("a").stat().st_mode) == 0o755
     assert (slots.model_dir("a") / "model.onnx").samefile(scale_model)
     assert {entry.name for entry in (root / "a").iterdir()} == {"slot.json", "model", "run"}

@@ -119,9 +119,11 @@ def _filter(program: bytes, number: int) -> None:
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     with contextlib.suppress(OSError):
-        _call(number, ctypes.c_uint(_SECCOMP_SET_MODE_FILTER), ctypes.c_uint(_TSYNC | _LOG), header)
-        return
+        if _call(number, ctypes.c_uint(_SECCOMP_SET_MODE_FILTER), ctypes.c_uint(_TSYNC | _LOG), header) == 0:
+            return
     try:
-        _call(number, ctypes.c_uint(_SECCOMP_SET_MODE_FILTER), ctypes.c_uint(_TSYNC), header)
+        thread = _call(number, ctypes.c_uint(_SECCOMP_SET_MODE_FILTER), ctypes.c_uint(_TSYNC), header)
     except OSError as exc:
         raise LockdownFailed(f"seccomp: {exc.strerror}") from exc
+    if thread != 0:  # not an error to the kernel, and yet no thread has the filter
+        raise LockdownFailed(f"seccomp: thread {thread} has a filter of its own")

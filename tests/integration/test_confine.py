@@ -302,6 +302,35 @@ def test_while_it_loads_it_may_write_to_its_own_places_and_reach_nobody(attempts
     assert len(attempts["loading"]) == 20
 
 
+OWN_FILTER = """
+import ctypes, os, struct, threading
+from edge_agent.confine.numbers import AARCH64, X86_64
+from edge_agent.worker import lockdown
+libc, ready = ctypes.CDLL(None), threading.Event()
+number = {"x86_64": X86_64, "aarch64": AARCH64}[os.uname().machine]["seccomp"]
+def other():
+    code = ctypes.create_string_buffer(struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000), 8)  # one that allows all
+    libc.prctl(38, 1, 0, 0, 0)
+    libc.syscall(number, 1, 0, struct.pack("HxxxxxxP", 1, ctypes.addressof(code)))
+    ready.set()
+    threading.Event().wait()
+threading.Thread(target=other, daemon=True).start()
+ready.wait()
+try:
+    said = lockdown.before_serving("CPUExecutionProvider")
+except lockdown.LockdownFailed as exc:
+    said = f"failed: {exc}"
+os.write(1, said.encode())
+os._exit(0)
+"""
+
+
+def test_a_filter_that_one_thread_does_not_get_is_said_and_not_taken_for_one():
+    """The kernel answers with that thread's number, which is no error (seccomp(2))."""
+    ran = subprocess.run([sys.executable, "-c", OWN_FILTER], capture_output=True, text=True, check=True, timeout=30, cwd=ROOT)
+    assert re.fullmatch(r"failed: seccomp: thread \d+ has a filter of its own", ran.stdout)
+
+
 def test_what_a_connection_sends_of_descriptors_is_not_taken(scale):
     """A gateway that was taken over hands in a descriptor: the worker reads without a place for one, so the kernel drops it."""
     import socket

@@ -112,7 +112,7 @@ SERVING = Policy(
             *_TIME,
             *"""
             read write readv writev close lseek fstat newfstatat stat lstat statx access faccessat faccessat2 readlink
-            readlinkat getdents64 fcntl poll ppoll select epoll_ctl epoll_wait epoll_pwait eventfd2 pread64 memfd_create ftruncate
+            readlinkat getdents64 fcntl poll ppoll select epoll_ctl epoll_wait epoll_pwait eventfd2 pread64
             rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack tgkill getpid getppid getuid geteuid getgid getegid getrlimit getrusage
             sysinfo uname getrandom accept accept4 getsockname getsockopt sendto sendmsg recvfrom recvmsg shutdown
             """.split(),
@@ -132,7 +132,9 @@ SERVING = Policy(
 read is Landlock's part (edge_agent/worker/lockdown.py)."""
 SERVING_GPU = msgspec.structs.replace(
     SERVING,
-    allow=SERVING.allow | {"ioctl", "mmap", "mprotect", "sched_setaffinity", "eventfd", "pipe2", "timerfd_create", "timerfd_settime"},
+    allow=SERVING.allow
+    | {"ioctl", "mmap", "mprotect", "sched_setaffinity", "eventfd", "pipe2", "timerfd_create", "timerfd_settime"}
+    | {"memfd_create", "ftruncate"},
     rules=tuple(rule for rule in SERVING.rules if rule.call not in ("mmap", "mprotect")),
 )
 """The same for a GPU provider, whose driver speaks by ioctl and compiles kernels while it runs."""

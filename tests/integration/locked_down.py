@@ -25,7 +25,19 @@ from edge_agent.worker import lockdown
 NUMBERS = {"x86_64": X86_64, "aarch64": AARCH64}[os.uname().machine]
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 LIBC = ctypes.CDLL(None, use_errno=True)
-BARE = ("openat2", "execveat", "fork", "vfork", "clone3", "io_uring_setup", "prlimit64", "setrlimit", "seccomp")
+BARE = (
+    "openat2",
+    "execveat",
+    "fork",
+    "vfork",
+    "clone3",
+    "io_uring_setup",
+    "prlimit64",
+    "setrlimit",
+    "seccomp",
+    "memfd_create",
+    "ftruncate",
+)
 """Calls that are answered by their number alone."""
 THREADS = ("old", "main", "new")
 RESERVED_BYTES = 4096

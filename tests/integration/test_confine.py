@@ -249,7 +249,15 @@ REFUSED = {
     *("truncate", "fork by glibc", "clone with a name space", "clone, the thread's bit in the high half", "a new socket"),
     *("a new Internet socket", "a pair of sockets", "listen to another name", "set an option of a socket", "map code"),
     *("make memory code", "make memory code by a key", "signal another process", "ioctl", "take off the filter"),
-    *("say that it may be looked into", "call openat2", "call prlimit64", "call setrlimit", "call seccomp"),
+    *(
+        "say that it may be looked into",
+        "call openat2",
+        "call prlimit64",
+        "call setrlimit",
+        "call seccomp",
+        "call memfd_create",
+        "call ftruncate",
+    ),
     *("call pidfd_open", "call pidfd_send_signal", "call pkey_mprotect", "call userfaultfd", "call perf_event_open", "call io_setup"),
 }
 KILLED = {"connect", *(f"call {name}" for name in (*NEVER, "execve", "execveat", "fork", "vfork")), "execve"}

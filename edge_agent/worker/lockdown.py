@@ -3,8 +3,8 @@
 At the start, before a byte of the model is read and before there are threads: Landlock, in the kernel's own interface (landlock(7)).
 Nothing may be executed, written but below /tmp and the socket directory, bound or connected by TCP, or signalled outside.
 After loading, before the first request: a filter of system calls for every thread (seccomp(2), policy SERVING), and for the threads that
-serve a second Landlock layer under which they may read libraries alone. A kernel that lacks one of the two gives what it has, and the
-worker says which.
+serve a second Landlock layer under which they may read libraries alone. A kernel without Landlock gives the
+filter alone, and the worker says so; one without filters ends it.
 """
 
 import contextlib

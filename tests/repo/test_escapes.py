@@ -39,5 +39,5 @@ def test_what_the_table_says_is_not_held_are_the_known_gaps() -> None:
 
 def test_the_table_tells_nothing_of_the_machine_it_was_made_on() -> None:
     text = TABLE.read_text()
-    for mark in (platform.node(), platform.release(), sys.prefix, str(Path.cwd())):
+    for mark in filter(None, (platform.node(), platform.release(), sys.prefix, str(Path.cwd()))):
         assert not re.search(rf"(?<![\w/]){re.escape(mark)}\b", text)

@@ -298,7 +298,7 @@ class Reconciler:
         routes = routes_of(self.desired, statuses)
         if routes != self._routes:
             try:
-                durable.write(self._config.routes_file, codec.encode(routes), mode=0o644)
+                durable.write(self._config.routes_file, codec.encode(routes), mode=0o644, is_synced=False)
                 self._routes = routes
             except OSError as exc:
                 logger.error("routes.not_written", reason=exc.strerror)

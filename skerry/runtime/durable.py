@@ -14,8 +14,11 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write(path: Path, content: bytes, *, mode: int = 0o640) -> None:
-    """Replace ``path`` by ``content``: a reader, or a boot after a power cut, sees the old bytes or the new, never a part."""
+def write(path: Path, content: bytes, *, mode: int = 0o640, is_synced: bool = True) -> None:
+    """Replace ``path`` by ``content``: a reader, or a boot after a power cut, sees the old bytes or the new, never a part.
+
+    Without ``is_synced`` that holds for readers alone: for what is written anew after a boot, and should be there at once.
+    """
     staging = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
@@ -23,12 +26,14 @@ def write(path: Path, content: bytes, *, mode: int = 0o640) -> None:
             os.fchmod(file.fileno(), mode)
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if is_synced:
+                os.fsync(file.fileno())
         staging.rename(path)
     except OSError:
         staging.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if is_synced:
+        sync_directory(path.parent)
 
 
 class AlreadyRunning(Exception):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def need(component: str, reason: str) -> None:
         pytest.fail(f"SKERRY_REQUIRE=all and {component} is absent: {reason}")
     _absent[component] = reason
     pytest.skip(f"{component}: {reason}")
+
+
+def unreachable(path: Path) -> str:
+    """Why nobody can be reached at a Unix socket; empty where somebody listens. Docker's client would leave a socket open finding out."""
+    try:
+        with socket.socket(socket.AF_UNIX) as tried:
+            tried.settimeout(5)
+            tried.connect(str(path))
+    except OSError as exc:
+        return f"{path}: {exc.strerror or exc}"
+    return ""
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -33,7 +33,7 @@ def driver_of(rung: str, run_dir: Path) -> Driver:
 def absence(rung: str) -> str:
     """Why a rung can't be climbed here; asked once, since it takes a sandbox to know."""
     with tempfile.TemporaryDirectory() as folder:
-        return asyncio.run(driver_of(rung, Path(folder)).probe())
+        return asyncio.run(driver_of(rung, Path(folder) / "run").probe())
 
 
 def log_bytes(rung: str, run_dir: Path, name: str) -> int:

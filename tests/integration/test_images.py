@@ -30,7 +30,7 @@ from skerry.image.engine import Engine, ImageError
 from skerry.image.lock import install
 from skerry.wire import ipc, oip
 from skerry.wire.messages import Server
-from tests.conftest import need
+from tests.conftest import need, unreachable
 from tests.contract.test_drivers import docker_socket, spec_of
 from tests.e2e.world import running as running_fleet
 from tests.e2e.world import wait_until
@@ -44,6 +44,8 @@ X = oip.Tensor("x", "FP32", (1, 3), np.array([[1, 2, 3]], "<f4").tobytes())
 
 
 def absence() -> str:
+    if reason := unreachable(docker_socket()):
+        return reason
     try:
         Engine(docker_socket()).id_of("nothing:at-all")
     except ImageError as exc:

@@ -30,7 +30,7 @@ from edge_agent.link.config import Config as AgentConfig
 from edge_agent.warden.config import Config as WardenConfig
 from skerry.runtime import settings
 from skerry.wire import topics
-from tests.conftest import need
+from tests.conftest import need, unreachable
 from tests.contract.test_drivers import docker_socket
 
 ANSIBLE = Path(__file__).resolve().parents[2] / "ansible"
@@ -113,11 +113,8 @@ LOAD = """
 
 
 def test_an_image_is_loaded_where_it_is_absent_and_only_there(tmp_path):
-    try:
-        engine = docker.APIClient(f"unix://{docker_socket()}")
-    except docker.errors.DockerException as exc:
-        need("docker", str(exc))
-        raise
+    need("docker", unreachable(docker_socket()))
+    engine = docker.APIClient(f"unix://{docker_socket()}")
     tag = f"skerry-test-role-{uuid.uuid4().hex[:8]}:1"
     with contextlib.closing(engine):
         layer = io.BytesIO()

@@ -118,14 +118,3 @@ def changes(want: Mapping[Kind, int], have: Mapping[str, Kind], *, young: set[st
             places -= 1
             room_bytes -= kind.memory_bytes
     return to_start, sorted(to_stop)
-
-
-def give_back(have: Mapping[str, Kind], *, needed_bytes: int) -> list[str]:
-    """Which warm sandboxes to stop so that ``needed_bytes`` come free: the fewest, largest first; none where all are not enough."""
-    chosen: list[str] = []
-    for name in sorted(have, key=lambda name: (-have[name].memory_bytes, name)):
-        if needed_bytes <= 0:
-            break
-        chosen.append(name)
-        needed_bytes -= have[name].memory_bytes
-    return chosen if needed_bytes <= 0 else []

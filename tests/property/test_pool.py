@@ -6,7 +6,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.core.pool import Demand, Kind, changes, give_back, wanted
+from edge_agent.core.pool import Demand, Kind, changes, wanted
 
 NOW_S = 10_000.0
 KEEP_S = 600.0
@@ -157,17 +157,6 @@ def test_the_warm_ones_become_what_is_wanted_whatever_part_of_the_changes_is_mad
         if number >= 20:
             young = set()
     assert sorted(have.values()) == sorted(all_wanted)
-
-
-@given(haves, st.integers(-1, 30))
-def test_what_is_given_back_is_enough_and_no_fewer_would_be(have, needed_bytes):
-    stopped = give_back(have, needed_bytes=needed_bytes)
-    sizes = sorted((kind.memory_bytes for kind in have.values()), reverse=True)
-    enough = [count for count in range(len(sizes) + 1) if sum(sizes[:count]) >= needed_bytes]
-    assert len(set(stopped)) == len(stopped) == (enough[0] if enough else 0)
-    assert [have[name].memory_bytes for name in stopped] == sizes[: len(stopped)]
-    assert not enough or sum(have[name].memory_bytes for name in stopped) >= needed_bytes
-    assert give_back(dict(reversed(have.items())), needed_bytes=needed_bytes) == stopped
 
 
 @given(demands_, counts)

@@ -409,6 +409,7 @@ def test_a_worker_of_an_image_is_a_sandbox_like_any_other(box, worker_image):
 
 def test_a_fleet_serves_from_images_that_a_deployment_names_and_says_which_it_lacks(server_image, worker_image, scale_model):
     place = "place: {labels: {site: store-1}}\nsplit: {mode: edge}\nresources: {memory: 512MiB}\n"
+    place += "slo: {deadline_ms: 15000}\n"  # a server's first call may take longer than what a call is given by default
     with running_fleet(drivers=("docker",)) as world:
         world.push(scale_model, "scale")
         world.deploy(f"name: own\nmodel: scale:1\n{place}server: {{image: '{server_image}', model: scale}}\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.gateway.routes import LOOK_S
 from skerry.cli.client import Coordinator, Login
 from skerry.demo.fleet import Box, Fleet
 from skerry.wire.api import DeploymentView, EventView, NodeView, StatusView
@@ -63,6 +64,7 @@ class World:
         wait_until(
             lambda: (view := self.deployment(name)).wanted > 0 and view.ready == view.wanted, within_s, lambda: self.deployment(name)
         )
+        time.sleep(3 * LOOK_S)  # a gateway may look at its route table only after its box has said that a replica is ready
         return self.deployment(name)
 
     def cli(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

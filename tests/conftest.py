@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 from pathlib import Path
 
 import onnx
 import onnx.helper as oh
 import pytest
+
+from skerry.runtime import unix_socket
 
 _absent: dict[str, str] = {}
 
@@ -25,13 +26,8 @@ def need(component: str, reason: str) -> None:
 
 def unreachable(path: Path) -> str:
     """Why nobody can be reached at a Unix socket; empty where somebody listens. Docker's client would leave a socket open finding out."""
-    try:
-        with socket.socket(socket.AF_UNIX) as tried:
-            tried.settimeout(5)
-            tried.connect(str(path))
-    except OSError as exc:
-        return f"{path}: {exc.strerror or exc}"
-    return ""
+    reason = unix_socket.unreachable(path, within_s=5)
+    return f"{path}: {reason}" if reason else ""
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -10,6 +10,8 @@ from skerry.wire.messages import Rung, Server
 MODEL_DIR, MODEL_FILE = "/model", "model.onnx"
 SOCKET_DIR, SOCKET_NAME, CONTROL_NAME = "/run/skerry", "worker.sock", "control.sock"
 """Where a sandbox finds its model and its sockets, and what those are called on both sides."""
+NOBODY = 65534
+"""Whom a sandbox runs as where its specification leaves that open and the driver may choose."""
 LAST_LINES = 20
 """How much of what a sandbox wrote is kept with its ending."""
 LOAD_FAILED = "load failed: "

@@ -2,13 +2,14 @@
 
 import contextlib
 import io
-import socket as sockets
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from skerry.runtime import unix_socket
 
 if TYPE_CHECKING:  # the SDK is imported on first use: most commands never need it
     from docker import APIClient
@@ -76,13 +77,9 @@ class Engine:
         self._socket = socket
 
     def _check_listening(self) -> None:
-        try:
-            with sockets.socket(sockets.AF_UNIX) as probe:
-                probe.settimeout(CONNECT_TIMEOUT_S)
-                probe.connect(str(self._socket))
-        except OSError as exc:
+        if reason := unix_socket.unreachable(self._socket, within_s=CONNECT_TIMEOUT_S):
             hint = "start one, or name its socket with --docker-socket"
-            raise ImageError(f"no Docker Engine can be reached at {self._socket}: {exc.strerror or exc}", hint=hint) from exc
+            raise ImageError(f"no Docker Engine can be reached at {self._socket}: {reason}", hint=hint)
 
     @contextlib.contextmanager
     def _client(self) -> Iterator["APIClient"]:

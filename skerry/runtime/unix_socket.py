@@ -1,6 +1,7 @@
 """Connecting to a socket that somebody else made: to that very one, whatever its name points to by then, and however long its path is."""
 
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,3 +21,14 @@ def pinned(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)
+
+
+def unreachable(path: Path, *, within_s: float) -> str:
+    """Why nobody can be reached at ``path``, in the system's words; empty where somebody listens."""
+    try:
+        with socket.socket(socket.AF_UNIX) as tried:
+            tried.settimeout(within_s)
+            tried.connect(str(path))
+    except OSError as exc:
+        return exc.strerror or str(exc)
+    return ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_agent.warden.drivers import host_runtime
-from edge_agent.warden.ports import MODEL_DIR, SOCKET_DIR, DriverFailed, SandboxSpec
+from edge_agent.warden.ports import MODEL_DIR, NOBODY, SOCKET_DIR, DriverFailed, SandboxSpec
 from skerry.runtime import nvml
 
 MASKED = ("kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug", "kallsyms", "kpagecount", "kpageflags")
@@ -17,8 +17,6 @@ MASKED_FOLDERS = ("acpi", "scsi", "asound", "driver")
 """Parts of /proc that tell of the host, as container engines hide them and a little more."""
 DROPPING = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 """What a root warden's sandbox begins with, to give up even that: setpriv(1) changes the user and empties every set."""
-NOBODY = 65534
-"""Whom a root warden's sandbox runs as where its specification leaves that open."""
 
 
 def find_bwrap() -> Path | None:

@@ -16,7 +16,6 @@ import hashlib
 import io
 import math
 import platform
-import socket as sockets
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from edge_agent.warden.drivers import docker_profile, docker_server, host_runtime, probe
-from edge_agent.warden.ports import LAST_LINES, MODEL_DIR, SOCKET_DIR, DriverFailed, Ending, LogLines, Sandbox, SandboxSpec, Usage
+from edge_agent.warden.ports import LAST_LINES, MODEL_DIR, NOBODY, SOCKET_DIR, DriverFailed, Ending, LogLines, Sandbox, SandboxSpec, Usage
+from skerry.runtime import unix_socket
 from skerry.wire.messages import Rung
 
 if TYPE_CHECKING:  # the SDK is imported on first use: a box without an engine does not pay memory for it
@@ -42,8 +42,6 @@ GVISOR_PIDS = 256
 """What gVisor's own kernel takes of a limit of processes, with room."""
 LOG_READ_MAX_BYTES = 256 * 1024
 GVISOR_ADVICE = "the engine's runtime runsc needs the arguments --host-uds=all, --oci-seccomp and, on newer kernels, --network=none"
-NOBODY = 65534
-"""Whom a program runs as where its specification leaves that open."""
 
 _OWNER, _NAME, _PART, _PARTS, _CONTENTS = "skerry.owner", "skerry.name", "skerry.part", "skerry.parts", "skerry.contents"
 
@@ -131,12 +129,8 @@ class DockerDriver:
 
     def _check_listening(self) -> None:
         """Raises DriverFailed at once, and says why, where no engine can be reached; the SDK's own words are of no help."""
-        try:
-            with sockets.socket(sockets.AF_UNIX) as probe:
-                probe.settimeout(CONNECT_TIMEOUT_S)
-                probe.connect(str(self._socket))
-        except OSError as exc:
-            raise DriverFailed(f"no Docker Engine can be reached at {self._socket}: {exc.strerror or exc}") from exc
+        if reason := unix_socket.unreachable(self._socket, within_s=CONNECT_TIMEOUT_S):
+            raise DriverFailed(f"no Docker Engine can be reached at {self._socket}: {reason}")
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator["APIClient"]:

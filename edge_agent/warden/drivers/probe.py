@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.warden.ports import SOCKET_DIR, SOCKET_NAME, Driver, DriverFailed, SandboxSpec
+from edge_agent.warden.ports import NOBODY, SOCKET_DIR, SOCKET_NAME, Driver, DriverFailed, SandboxSpec
 from skerry.runtime import unix_socket
 
 TIMEOUT_S = 20.0
@@ -83,7 +83,7 @@ async def tried(driver: Driver, folder: Path) -> str:
         socket_dir=place / "run",
         memory_bytes=MEMORY_BYTES,
         cpus=1.0,
-        uid=65534,
+        uid=NOBODY,
     )
     try:
         for part in (spec.model_dir, spec.socket_dir):

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from skerry.wire.messages import Gpu, GpuSample, ReplicaReport, Rung, SplitMode, Tier
+from skerry.wire.messages import Batching, CloudBudget, Gpu, GpuSample, ReplicaReport, Rung, SplitMode, StateTensor, Tier
 
 NodeState = Literal["online", "offline", "new"]
 
@@ -128,6 +128,8 @@ class DeploymentView(msgspec.Struct, frozen=True):
     created_at_ms: int
     changed_at_ms: int
     serve: ServeView
+    batching: Batching = Batching()
+    cloud_budget: CloudBudget | None = None
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -147,6 +149,7 @@ class ModelView(msgspec.Struct, frozen=True):
     size_bytes: int
     pushed_at_ms: int
     used_by: list[str] = []
+    state: list[StateTensor] = []
 
 
 class Pushed(msgspec.Struct, frozen=True):

@@ -5,7 +5,7 @@ The agent and the warden each treat the other's lines as hostile: the agent face
 
 import msgspec
 
-from skerry.wire.messages import LogsReply, LogsRequest, ModelRef, Reported, Rung, SplitMode, Tier, Upstream
+from skerry.wire.messages import Batching, CloudBudget, LogsReply, LogsRequest, ModelRef, Reported, Rung, SplitMode, Tier, Upstream
 
 MAX_LINE_BYTES = 1024 * 1024
 """Longest line on the warden's socket; a desired document is at most codec.MAX_MESSAGE_BYTES."""
@@ -85,7 +85,6 @@ class LocalReplica(msgspec.Struct, frozen=True):
 
     name: str
     socket: str
-    concurrency: int = 1
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -98,6 +97,8 @@ class Route(msgspec.Struct, frozen=True):
     split: SplitMode = "overflow"
     replicas: list[LocalReplica] = []
     upstreams: list[Upstream] = []
+    batching: Batching = Batching()
+    cloud_budget: CloudBudget | None = None
 
 
 class RouteTable(msgspec.Struct, frozen=True):
@@ -120,6 +121,15 @@ class ServeTotals(msgspec.Struct, frozen=True):
     latency: dict[int, int] = {}
 
 
+class Routed(msgspec.Struct, frozen=True):
+    """One request's decision, as a sample for the events. ``seq`` rises by one per sample; ``text`` has the numbers, for people."""
+
+    seq: int
+    at_ms: int
+    deployment: str
+    text: str
+
+
 class GatewayTotals(msgspec.Struct, frozen=True):
     """What the gateway tells the agent on its Unix socket. ``started_at_ms`` tells a restart from counters that stand still."""
 
@@ -127,3 +137,5 @@ class GatewayTotals(msgspec.Struct, frozen=True):
     node: str
     tier: Tier
     deployments: list[ServeTotals] = []
+    routed: list[Routed] = []
+    """The latest samples; who asks passes over those that it has seen."""

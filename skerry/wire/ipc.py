@@ -1,9 +1,15 @@
-"""Frames on the Unix socket between the gateway and a worker.
+"""Frames on the Unix socket between the gateway and a worker, and the memory that both map.
 
-    frame := u32 header_bytes | u32 body_bytes | header (JSON Struct) | body (tensor bytes, in the header's order)
+    frame := u32 header_bytes | u32 body_bytes | header (JSON Struct) | body (bytes of the tensors that lie nowhere else, in order)
 
-Both ends treat the other as hostile: lengths are bounded before anything is allocated, and a tensor's size must be
-exactly what its shape and datatype ask for.
+    worker  -> Hello
+    gateway -> Attach, with a sealed memory file as ancillary data, where the worker said that it shares memory
+    gateway -> Batch     worker -> Answers     (over and over; answers come in the order of the batches)
+
+A tensor's bytes follow in the body, or lie in the shared memory ``at`` an offset. Both ends treat the other as hostile: lengths are
+bounded before anything is allocated, offsets are checked against the size of the memory, which is sealed so that it can't shrink, and a
+tensor's size must be exactly what its shape and datatype ask for. What lies in shared memory can change while it is read: whoever
+must rely on what it checked copies first.
 """
 
 import struct
@@ -12,7 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from skerry.wire import codec, oip
-from skerry.wire.messages import WarmupTensor
+from skerry.wire.messages import StateTensor, WarmupTensor
 
 T = TypeVar("T")
 
@@ -39,39 +45,79 @@ class Hello(msgspec.Struct, frozen=True):
     warm: bool = False
     confinement: str = ""
     """What the worker took from itself before it served, for people."""
+    shares_memory: bool = False
+    batches: bool = False
+    """Whether calls that come together are run together, along the first axis of every input and output."""
+    state: list[StateTensor] = []
+    """What it keeps between the calls of a sequence."""
+
+
+class Attach(msgspec.Struct, frozen=True):
+    """With a descriptor of the memory that gateway and worker share on this connection."""
+
+    size_bytes: int
 
 
 class Load(msgspec.Struct, frozen=True):
     """To a worker that waits, on its control socket: load the model that lies in the model directory now."""
 
     warmup: list[WarmupTensor] = []
+    state: list[StateTensor] = []
 
 
-class TensorHead(msgspec.Struct, frozen=True):
-    """A tensor whose bytes follow in the body."""
+class TensorHead(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A tensor whose bytes lie in the shared memory from ``at`` on, or follow in the body where that is negative."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     size_bytes: int
+    at: int = -1
 
 
-class Call(msgspec.Struct, frozen=True):
+class Room(msgspec.Struct, frozen=True):
+    """A part of the shared memory that outputs may be put into; what does not fit goes into the body."""
+
+    at: int
+    size_bytes: int
+
+
+class Call(msgspec.Struct, frozen=True, omit_defaults=True):
     """One inference. ``outputs`` names those wanted, all where it is empty."""
 
     call: int
     inputs: list[TensorHead]
     outputs: list[str] = []
+    room: Room | None = None
+    sequence: oip.SequenceStep | None = None
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """The answer to ``call``. ``error`` is empty on success; ``refused`` tells a caller's mistake from a failure here."""
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The answer to ``call``. ``error`` is empty on success; ``refused`` tells a caller's mistake from a failure here.
+
+    ``compute_us`` is what the run took that it shared with ``batch`` calls, itself included; ``no_sequence`` says that the call is of a
+    sequence of which this worker knows nothing, so that nothing was run.
+    """
 
     call: int
     outputs: list[TensorHead] = []
     compute_us: int = 0
     error: str = ""
     refused: bool = False
+    batch: int = 1
+    no_sequence: bool = False
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Calls to be run together where the worker can, one after the other where not. The gateway puts together what fits together."""
+
+    calls: list[Call]
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """The answers to one batch, in its order."""
+
+    answers: list[Answer]
 
 
 def frame(header: msgspec.Struct, body: list[oip.Bytes]) -> list[oip.Bytes]:
@@ -80,7 +126,7 @@ def frame(header: msgspec.Struct, body: list[oip.Bytes]) -> list[oip.Bytes]:
     return [PREFIX.pack(len(head), sum(len(part) for part in body)) + head, *body]
 
 
-def parse_prefix(prefix: bytes) -> tuple[int, int]:
+def parse_prefix(prefix: bytes | memoryview) -> tuple[int, int]:
     """Header and body length of the frame that ``prefix`` begins; raises codec.Malformed over the limits."""
     header_bytes, body_bytes = PREFIX.unpack(prefix)
     if header_bytes > MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES:
@@ -94,25 +140,40 @@ def parse_header(header: oip.Bytes, kind: type[T]) -> T:
 
 
 def heads_of(tensors: list[oip.Tensor]) -> list[TensorHead]:
-    """What a frame's header says of its tensors."""
+    """What a frame's header says of tensors whose bytes follow in its body."""
     return [TensorHead(t.name, t.datatype, t.shape, len(t.data)) for t in tensors]
 
 
-def tensors_of(heads: list[TensorHead], body: memoryview) -> list[oip.Tensor]:
-    """The tensors in a frame's body; raises codec.Malformed unless heads and body agree to the byte."""
-    tensors, offset = [], 0
+def tensors_of(heads: list[TensorHead], body: memoryview, offset: int, memory: memoryview | None) -> tuple[list[oip.Tensor], int]:
+    """The tensors of one call or answer, those in the body from ``offset`` on, and the offset after the last.
+
+    Nothing is copied. Raises codec.Malformed unless each has exactly the bytes that its shape and datatype ask for, within body or memory.
+    """
+    tensors = []
     for head in heads:
+        size = head.size_bytes
         if head.datatype not in oip.ITEM_BYTES and head.datatype != "BYTES":
             raise codec.Malformed(f"tensor {head.name[:80]!r}: unknown datatype {head.datatype[:40]!r}")
-        if not 0 <= head.size_bytes <= len(body) - offset:
-            raise codec.Malformed(f"tensor {head.name[:80]!r}: {head.size_bytes} bytes announced, {len(body) - offset} are left")
-        data = body[offset : offset + head.size_bytes]
+        if head.at >= 0:
+            if memory is None or not 0 <= size <= len(memory) - head.at:
+                raise codec.Malformed(f"tensor {head.name[:80]!r}: {size} bytes at {head.at} are not within the shared memory")
+            data = memory[head.at : head.at + size]
+            if head.datatype == "BYTES":
+                data = memoryview(bytes(data))  # its lengths are checked below and relied on later
+        else:
+            if not 0 <= size <= len(body) - offset:
+                raise codec.Malformed(f"tensor {head.name[:80]!r}: {size} bytes announced, {len(body) - offset} are left")
+            data = body[offset : offset + size]
+            offset += size
         try:
             oip.check_size(data, head.datatype, oip.elements_of(head.shape, head.name[:80]), head.name[:80])
         except oip.BadRequest as exc:
             raise codec.Malformed(f"tensor {exc}") from exc
         tensors.append(oip.Tensor(head.name, head.datatype, head.shape, data))
-        offset += head.size_bytes
+    return tensors, offset
+
+
+def check_end(body: memoryview, offset: int) -> None:
+    """Raises codec.Malformed where a frame's body goes on after its last tensor."""
     if offset != len(body):
         raise codec.Malformed(f"frame: {len(body) - offset} bytes after the last tensor")
-    return tensors

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Moves together with ``wire/schema.json``; sent as the MQTT 5 user property ``schema``."""
 
 Tier = Literal["edge", "cloud"]
@@ -69,6 +69,16 @@ class WarmupTensor(msgspec.Struct, frozen=True):
     value: float = 0.0
 
 
+class StateTensor(msgspec.Struct, frozen=True):
+    """What a model remembers between the requests of a sequence: its output ``output`` is the next request's input ``input``.
+
+    The first request of a sequence gets zeros, every free extent being one. A caller that gives ``input`` itself is not held to that.
+    """
+
+    input: str
+    output: str
+
+
 class ModelRef(msgspec.Struct, frozen=True):
     """A model version pinned by content."""
 
@@ -77,6 +87,7 @@ class ModelRef(msgspec.Struct, frozen=True):
     sha256: str
     size_bytes: Count
     warmup: list[WarmupTensor] = []
+    state: list[StateTensor] = []
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -119,6 +130,21 @@ class Upstream(msgspec.Struct, frozen=True):
     tier: Tier
 
 
+class CloudBudget(msgspec.Struct, frozen=True):
+    """What one box may send to the cloud for one deployment in any clock hour; None is without limit. Never exceeded."""
+
+    requests_per_hour: Count | None = None
+    bytes_per_hour: Count | None = None
+    """Bytes of requests and answers together, as tensors."""
+
+
+class Batching(msgspec.Struct, frozen=True):
+    """Requests that may share one run of a model with a free first axis: ``max_batch`` rows at most, and the longest wait for company."""
+
+    max_batch: Count = 1
+    max_wait_us: Count = 0
+
+
 class RouteSpec(msgspec.Struct, frozen=True):
     """How requests for one deployment are answered on a box; changing it restarts nothing."""
 
@@ -128,6 +154,8 @@ class RouteSpec(msgspec.Struct, frozen=True):
     deadline_ms: Count
     split: SplitMode = "overflow"
     upstreams: list[Upstream] = []
+    batching: Batching = Batching()
+    cloud_budget: CloudBudget | None = None
 
 
 class Desired(msgspec.Struct, frozen=True):

@@ -46,10 +46,19 @@ def parse_bytes(value: str | int) -> int:
 
 def parse_duration_ms(value: str) -> int:
     """Milliseconds of a duration such as ``60s``, ``250ms`` or ``2m``. Raises ValueError."""
+    return int(_duration_ms(value))
+
+
+def parse_duration_us(value: str) -> int:
+    """Microseconds of a duration such as ``2ms`` or ``0.5ms``. Raises ValueError."""
+    return int(_duration_ms(value) * 1000)
+
+
+def _duration_ms(value: str) -> Decimal:
     parsed = _amount_and_unit(value)
     if parsed is None or parsed[1] not in _DURATION_UNITS_MS:
         raise ValueError(f"expected a duration such as '60s', got {value!r}; units: {', '.join(_DURATION_UNITS_MS)}")
-    return int(parsed[0] * _DURATION_UNITS_MS[parsed[1]])
+    return parsed[0] * _DURATION_UNITS_MS[parsed[1]]
 
 
 def format_bytes(size_bytes: int) -> str:

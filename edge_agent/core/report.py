@@ -72,7 +72,7 @@ def _serving(route: RouteSpec, ready: Iterable[ReplicaStatus]) -> tuple[int, lis
     wanted = (route.model, route.version)
     others = [key for key in by_version if key[0] == route.model]
     served = wanted if wanted in by_version or not others else max(others, key=lambda key: (by_version[key][0].spec.generation, key))
-    replicas = [LocalReplica(status.spec.name, status.socket, max(1, int(status.spec.cpus))) for status in by_version.get(served, [])]
+    replicas = [LocalReplica(status.spec.name, status.socket) for status in by_version.get(served, [])]
     return served[1], sorted(replicas, key=lambda replica: (replica.name, replica.socket))
 
 
@@ -96,6 +96,8 @@ def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus]) -> RouteT
                 split=route.split,
                 replicas=serving[route.deployment][1],
                 upstreams=route.upstreams,
+                batching=route.batching,
+                cloud_budget=route.cloud_budget,
             )
             for route in desired.routes
         ],

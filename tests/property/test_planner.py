@@ -5,8 +5,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.deployment import Deployment, Replicas
-from coordinator.core.planner import BoxPlan, Node, Plan, Wanted, plan
-from skerry.wire.messages import ModelRef, Server
+from coordinator.core.planner import MAX_PEERS, BoxPlan, Node, Plan, Wanted, plan
+from skerry.wire.messages import Batching, CloudBudget, ModelRef, Server
 
 STRENGTH = {"process": 0, "container": 1, "gvisor": 2, "microvm": 3}
 MATCHES = {"store-1": {"store-1"}, "store-*": {"store-1", "store-2"}, "*": {"store-1", "store-2", "depot"}, "depot": {"depot"}}
@@ -49,6 +49,8 @@ def wants(draw, name: str):
         split=draw(st.sampled_from(["edge", "cloud", "overflow"])),
         **draw(st.sampled_from([{}, {}, {}, {"image": "sha256:a"}, {"server": Server("sha256:b")}])),
         update=draw(st.sampled_from(["hand_over", "hand_over_if_room", "recreate"])),
+        batching=draw(st.sampled_from([Batching(), Batching(8, 2000)])),
+        cloud_budget=draw(st.sampled_from([None, CloudBudget(0), CloudBudget(None, 5)])),
     )
     model = ModelRef("m", version, f"digest-{version}", 1) if draw(st.integers(0, 9)) else None
     return Wanted(spec, draw(st.integers(1, 3)), model)
@@ -217,11 +219,17 @@ def test_a_new_generation_that_changes_no_replica_keeps_the_old_ones(fleet):
     boxes, wanted = fleet
     made = plan(boxes, wanted, {})
     edited = [
-        Wanted(msgspec.structs.replace(want.spec, deadline_ms=51, update="recreate"), want.generation + 1, want.model) for want in wanted
+        Wanted(
+            msgspec.structs.replace(want.spec, deadline_ms=51, update="recreate", batching=Batching(3), cloud_budget=CloudBudget(7)),
+            want.generation + 1,
+            want.model,
+        )
+        for want in wanted
     ]
     again = plan(boxes, edited, made.boxes)
     assert {node: box.replicas for node, box in again.boxes.items()} == {node: box.replicas for node, box in made.boxes.items()}
-    assert all(route.deadline_ms == 51 for box in again.boxes.values() for route in box.routes)
+    told = [(route.deadline_ms, route.batching, route.cloud_budget) for box in again.boxes.values() for route in box.routes]
+    assert all(settings == (51, Batching(3), CloudBudget(7)) for settings in told)
 
 
 @given(fleets(), st.sampled_from(["memory", "model", "isolation", "image", "server"]))
@@ -251,10 +259,11 @@ def test_a_replica_that_changes_carries_the_new_generation(fleet, what):
 
 @given(worlds())
 @settings(max_examples=70, deadline=None)
-def test_routes_lead_to_cloud_boxes_that_host_and_never_from_one(world):
+def test_routes_lead_to_hosts_in_the_cloud_and_at_the_same_site_and_never_from_the_cloud(world):
     boxes, wanted, before = world
     made = plan(boxes, wanted, before)
     tiers = {box.id: box.tier for box in boxes}
+    sites = {box.id: box.labels.get("site") for box in boxes}
     specs = {want.spec.name: want.spec for want in wanted}
     hosts = {name: {p.node for p in outcome.placements} for name, outcome in made.outcomes.items()}
     for node, box in made.boxes.items():
@@ -267,8 +276,84 @@ def test_routes_lead_to_cloud_boxes_that_host_and_never_from_one(world):
             if tiers[node] == "cloud" or specs[route.deployment].split == "edge":
                 assert not upstreams
             else:
-                assert upstreams == {host for host in hosts[route.deployment] if tiers[host] == "cloud"}
-            assert all(u.tier == "cloud" and u.url == f"http://{u.node}" for u in route.upstreams)
+                neighbours = {host for host in hosts[route.deployment] - {node} if sites[host] and sites[host] == sites[node]}
+                assert upstreams == {host for host in hosts[route.deployment] if tiers[host] == "cloud" or host in neighbours}
+            assert all((u.tier, u.url) == (tiers[u.node], f"http://{u.node}") for u in route.upstreams)
+            spec = specs[route.deployment]
+            assert (route.split, route.batching, route.cloud_budget) == (spec.split, spec.batching, spec.cloud_budget)
+
+
+def site_node(index: int, *, site: str = "mill", memory_bytes: int = 10) -> Node:
+    return Node(f"cam-{index:02}", "edge", {"site": site} if site else {}, f"http://cam-{index:02}", True, memory_bytes, 0, ["process"])
+
+
+@st.composite
+def sites(draw):
+    """Up to 30 boxes of three sites, and of none; some have no room for a replica and only pass requests on."""
+    shapes = st.tuples(st.sampled_from(["mill", "mill", "mill", "depot", ""]), st.sampled_from([10, 10, 10, 0]))
+    drawn = draw(st.lists(shapes, min_size=draw(st.sampled_from([0, 20])), max_size=30))
+    return [site_node(index, site=site, memory_bytes=room) for index, (site, room) in enumerate(drawn)]
+
+
+def peers(boxes: list[Node], before: Plan | None = None, split: str = "overflow") -> dict[str, list[str]]:
+    """By box, the neighbours that it may ask for the one deployment there is; boxes without a route have none."""
+    spec = msgspec.structs.replace(SPEC, split=split)
+    made = plan(boxes, [Wanted(spec, 1, ModelRef("m", 1, "digest-1", 1))], before.boxes if before else {})
+    return {node: [u.node for route in box.routes for u in route.upstreams] for node, box in made.boxes.items()}
+
+
+@given(sites(), st.sampled_from(["cloud", "overflow"]))
+@settings(max_examples=100, deadline=None)
+def test_a_box_may_ask_neighbours_of_its_site_that_run_the_deployment_up_to_a_bound_and_never_itself(boxes, split):
+    told = peers(boxes, split=split)
+    for box in boxes:
+        fitting = [other.id for other in boxes if other.id != box.id and other.labels == box.labels != {} and other.memory_bytes]
+        assert set(told[box.id]) <= set(fitting)
+        assert len(told[box.id]) == len(set(told[box.id])) == min(MAX_PEERS, len(fitting)), "as many as there are, up to the bound"
+        assert told[box.id] == sorted(told[box.id])
+    assert not any(peers(boxes, split="edge").values())
+
+
+@given(sites())
+@settings(max_examples=100, deadline=None)
+def test_every_host_of_a_site_is_asked_by_as_many_neighbours_as_it_may_ask_itself(boxes):
+    hosts = [box for box in boxes if box.memory_bytes]
+    told = peers(hosts)
+    for box in hosts:
+        asked_by = [node for node, those in told.items() if box.id in those]
+        assert len(asked_by) == len(told[box.id])
+        if len(told[box.id]) < MAX_PEERS:
+            assert set(asked_by) == set(told[box.id]), "in a small site whoever may be asked may ask"
+
+
+@given(sites(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_box_that_leaves_is_nobodys_neighbour_and_changes_the_routes_of_those_alone_who_asked_it(boxes, data):
+    assume(boxes)
+    gone = data.draw(st.sampled_from(boxes))
+    before = peers(boxes)
+    after = peers([box for box in boxes if box is not gone])
+    assert not any(gone.id in those for those in after.values())
+    changed = [node for node in after if after[node] != before[node]]
+    assert changed == [node for node in after if gone.id in before[node]]
+
+
+@given(sites(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_neighbours_depend_on_neither_order_nor_liveness_nor_the_plan_before(boxes, data):
+    told = peers(boxes)
+    shuffled = data.draw(st.permutations(boxes))
+    silent = [msgspec.structs.replace(box, online=data.draw(st.booleans())) for box in shuffled]
+    made = plan(boxes, [Wanted(SPEC, 1, ModelRef("m", 1, "digest-1", 1))], {})
+    assert peers(silent) == peers(silent, made) == told
+
+
+def test_boxes_with_like_names_and_no_replica_do_not_all_ask_the_same_few():
+    hosts = [site_node(index) for index in range(20)]
+    askers = [site_node(index, memory_bytes=0) for index in range(20, 80)]
+    told = peers([*hosts, *askers])
+    asked = {peer for box in askers for peer in told[box.id]}
+    assert asked == {host.id for host in hosts}
 
 
 @given(worlds(), st.data())

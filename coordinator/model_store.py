@@ -6,11 +6,12 @@ import mmap
 import os
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from coordinator.core import onnx_file
 from skerry.runtime import durable
+from skerry.wire.messages import StateTensor
 
 RESERVE_BYTES = 256 * 2**20
 """Left free on the disk: the registry must go on when a model is too large."""
@@ -42,8 +43,18 @@ class ModelStore:
         path = self._folder / sha256
         return path if path.is_file() else None
 
-    async def receive(self, chunks: AsyncIterator[bytes], *, expected_sha256: str, expected_bytes: int | None) -> tuple[str, int]:
-        """Take a model in; returns its digest and size. Raises NotTaken; nothing of a refused one stays."""
+    async def receive(
+        self,
+        chunks: AsyncIterator[bytes],
+        *,
+        expected_sha256: str,
+        expected_bytes: int | None,
+        state: Sequence[StateTensor] = (),
+    ) -> tuple[str, int]:
+        """Take a model in that has the inputs and outputs of ``state``; returns its digest and size.
+
+        Raises NotTaken; nothing of a refused one stays.
+        """
         staging = self._folder / f"{uuid.uuid4().hex}.part"
         if expected_bytes is not None:
             self._check_room(expected_bytes)
@@ -63,7 +74,7 @@ class ModelStore:
                 raise NotTaken("truncated", f"{size} bytes came, {expected_bytes} were announced: push it again")
             if expected_sha256 and sha256 != expected_sha256:
                 raise NotTaken("wrong_digest", f"sha256: {sha256} came, {expected_sha256} was announced: push it again")
-            await asyncio.to_thread(_check_file, staging)
+            await asyncio.to_thread(_check_file, staging, state)
             staging.chmod(0o444)
             staging.rename(self._folder / sha256)
             await asyncio.to_thread(durable.sync_directory, self._folder)
@@ -81,18 +92,20 @@ class ModelStore:
             raise NotTaken("disk", f"the model has {size_bytes} bytes and {free_bytes} are free, of which {self._reserve_bytes} are kept")
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, state: Sequence[StateTensor]) -> None:
     if path.stat().st_size == 0:
         raise NotTaken("not_onnx", "the file is empty")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         view = memoryview(mapped)
+        code = reason = ""
         try:
             onnx_file.check(view)
+            onnx_file.check_state(view, state)
         except onnx_file.NotOnnx as exc:
-            reason = str(exc)
-        else:
-            reason = ""
+            code, reason = "not_onnx", str(exc)
+        except onnx_file.NoSuchTensor as exc:
+            code, reason = "invalid_state", f"state: {exc}"
         finally:
             view.release()
-    if reason:
-        raise NotTaken("not_onnx", reason)
+    if code:
+        raise NotTaken(code, reason)

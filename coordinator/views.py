@@ -138,6 +138,8 @@ class Views:
             created_at_ms=stored.created_at_ms,
             changed_at_ms=stored.changed_at_ms,
             serve=ServeView(window_s=0.0),
+            batching=spec.batching,
+            cloud_budget=spec.cloud_budget,
         )
 
     def serve(self, deployment: str) -> ServeView:
@@ -153,16 +155,28 @@ class Views:
                 used.setdefault((stored.spec.model, stored.spec.version), []).append(stored.name)
             return [
                 ModelView(
-                    m.ref.name, m.ref.version, m.ref.sha256, m.ref.size_bytes, m.pushed_at_ms, used.get((m.ref.name, m.ref.version), [])
+                    name=m.ref.name,
+                    version=m.ref.version,
+                    sha256=m.ref.sha256,
+                    size_bytes=m.ref.size_bytes,
+                    pushed_at_ms=m.pushed_at_ms,
+                    used_by=used.get((m.ref.name, m.ref.version), []),
+                    state=m.ref.state,
                 )
                 for m in models.read_models(tables)
             ]
 
         return await self._database.read(work)
 
-    async def events(self, *, node: str = "", subject: str = "", after: int = 0, limit: int = 200) -> list[EventView]:
+    async def events(
+        self, *, node: str = "", subject: str = "", kind: str = "", except_kind: str = "", after: int = 0, limit: int = 200
+    ) -> list[EventView]:
         """The newest events, newest first."""
-        rows = await self._database.read(lambda tables: events.read_events(tables, node=node, subject=subject, after=after, limit=limit))
+        rows = await self._database.read(
+            lambda tables: events.read_events(
+                tables, node=node, subject=subject, kind=kind, except_kind=except_kind, after=after, limit=limit
+            )
+        )
         return [EventView(row.id, row.node, row.at_ms, row.kind, row.subject, row.text) for row in rows]
 
     async def split(self, *, minutes: int, deployment: str = "", node: str = "") -> SplitView:

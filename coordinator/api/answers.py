@@ -56,7 +56,8 @@ def _problem_of(exc: Exception) -> tuple[int, Problem]:
         case DeploymentError():
             return 422, Problem("invalid_deployment", str(exc), field=exc.field, line=exc.line)
         case NotTaken():
-            return 507 if exc.code == "disk" else 413 if exc.code == "too_large" else 422, Problem(exc.code, str(exc))
+            field = "state" if exc.code == "invalid_state" else ""
+            return 507 if exc.code == "disk" else 413 if exc.code == "too_large" else 422, Problem(exc.code, str(exc), field=field)
         case Exists():
             return 409, Problem("version_exists", str(exc))
         case RegistryFailed():

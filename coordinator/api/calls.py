@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -33,7 +33,9 @@ from skerry.wire.api import (
     SplitView,
     StatusView,
 )
-from skerry.wire.messages import LogsRequest, ModelRef, WarmupTensor
+from skerry.wire.messages import LogsRequest, ModelRef, StateTensor, WarmupTensor
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
 STREAM_IDLE_S = 15.0
@@ -66,7 +68,11 @@ CALLS = [
     Call("GET", "/v1/models", "list_models", "Every model version", list[ModelView]),
     Call(
         "PUT", "/v1/models/{name}/versions/{version}", "push_model", "Push a model version", Pushed, 201, body="application/octet-stream",
-        query={"sha256": "the file's digest, checked", "warmup": "inputs of the warm-up run: JSON, [{name, shape, value}]"},
+        query={
+            "sha256": "the file's digest, checked",
+            "warmup": "inputs of the warm-up run: JSON, [{name, shape, value}]",
+            "state": "outputs that are the next request's inputs within a sequence: JSON, [{input, output}]",
+        },
     ),
     Call("GET", "/v1/artifacts/{sha256}", "fetch_artifact", "A model's bytes; ranges are served", bytes, roles=("operator", "box")),
     Call("GET", "/v1/deployments", "list_deployments", "Every deployment", list[DeploymentView]),
@@ -82,7 +88,10 @@ CALLS = [
     ),
     Call(
         "GET", "/v1/events", "list_events", "The newest events, newest first", list[EventView],
-        query={"node": "only this one's", "subject": "only about this", "after": "an id", "limit": "1 to 1000, default 200"},
+        query={
+            "node": "only this one's", "subject": "only about this", "kind": "only of this kind", "except_kind": "none of this kind",
+            "after": "an id", "limit": "1 to 1000, default 200",
+        },
     ),
     Call("GET", "/v1/stream", "stream", "Server-sent events that name what changed", str),
     Call("POST", "/v1/login-links", "make_login_link", "A link that logs one browser in, once", LoginLink, 201),
@@ -184,14 +193,14 @@ class Calls:
             raise refuse(422, "invalid_name", f"{name[:80]!r} is not a name: letters, digits, '_' and '-', at most 63", field="name")
         if not (version.isascii() and version.isdigit() and 0 < len(version) <= 9 and int(version)):
             raise refuse(422, "invalid_version", f"{version[:40]!r} is not a version: a whole number from 1", field="version")
-        try:
-            warmup = codec.decode(request.query.get("warmup", "[]").encode(), list[WarmupTensor])
-        except codec.Malformed as exc:
-            raise refuse(422, "invalid_warmup", str(exc), field="warmup") from exc
+        warmup, state = _tensors(request, "warmup", WarmupTensor), _tensors(request, "state", StateTensor)
         sha256, size = await self._store.receive(
-            _chunks(request), expected_sha256=request.query.get("sha256", "").lower(), expected_bytes=request.content_length
+            _chunks(request),
+            expected_sha256=request.query.get("sha256", "").lower(),
+            expected_bytes=request.content_length,
+            state=state,
         )
-        ref = ModelRef(name, int(version), sha256, size, warmup)
+        ref = ModelRef(name, int(version), sha256, size, warmup, state)
         now_ms = time.time_ns() // 1_000_000
         is_new = await self._database.write(lambda tables: models.save_model(tables, ref, now_ms))
         self._replan()
@@ -271,8 +280,8 @@ class Calls:
     async def list_events(self, request: web.Request) -> web.Response:
         """See CALLS."""
         limit, after = _number(request, "limit", 200, most=1000), _number(request, "after", 0, least=0, most=2**53)
-        query = request.query
-        return json_answer(await self._views.events(node=query.get("node", ""), subject=query.get("subject", ""), after=after, limit=limit))
+        narrowed = {name: request.query.get(name, "") for name in ("node", "subject", "kind", "except_kind")}
+        return json_answer(await self._views.events(**narrowed, after=after, limit=limit))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """See CALLS. WHATWG HTML 9.2: named events, a comment when nothing happens so that both ends notice a dead link."""
@@ -299,6 +308,13 @@ def _number(request: web.Request, name: str, default: int, *, least: int = 1, mo
     if not (text.isascii() and text.isdigit() and len(text) < 17 and least <= int(text) <= most):
         raise refuse(400, "invalid_query", f"{name}: {text[:40]!r} is not a number from {least} to {most}", field=name)
     return int(text)
+
+
+def _tensors(request: web.Request, name: str, kind: type[T]) -> list[T]:
+    try:
+        return codec.decode(request.query.get(name, "[]").encode(), list[kind])  # type: ignore[valid-type]  # a list of what is given
+    except codec.Malformed as exc:
+        raise refuse(422, f"invalid_{name}", str(exc), field=name) from exc
 
 
 async def _chunks(request: web.Request) -> AsyncIterator[bytes]:

@@ -7,7 +7,7 @@ import msgspec
 import yaml
 
 from skerry.wire import topics, units
-from skerry.wire.messages import Rung, Server, SplitMode, Tier, UpdateMode
+from skerry.wire.messages import Batching, CloudBudget, Rung, Server, SplitMode, Tier, UpdateMode
 
 MAX_TEXT_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -18,6 +18,11 @@ MAX_NAME = 48
 MAX_ARGUMENTS = 256
 MAX_ARGUMENTS_BYTES = 16 * 1024
 """Of a server's command line and environment together: they travel in the box's document."""
+
+MAX_WAIT_US = 1_000_000
+"""For company in a batch."""
+MAX_BYTES_PER_HOUR = 2**50
+"""1 PiB: no link carries more, and every reader can hold the number."""
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 
@@ -71,17 +76,25 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.99
 
 
-class CloudBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How much the cloud may answer."""
+class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one box may send to the cloud in an hour: one of the two at the least."""
 
-    requests_per_hour: Annotated[int, msgspec.Meta(ge=0)]
+    requests_per_hour: Annotated[int, msgspec.Meta(ge=0, le=10**9)] | None = None
+    bytes_per_hour: str | int | None = None
 
 
 class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How work is divided between edge and cloud."""
 
     mode: SplitMode = "overflow"
-    cloud_budget: CloudBudget | None = None
+    cloud_budget: Budget | None = None
+
+
+class Batches(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which requests may share one run of the model: so many rows at most, and so long a wait for company at most."""
+
+    max_batch: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    max_wait: str = "0ms"
 
 
 class Disconnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,6 +142,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     isolation: Isolation = Isolation()
     slo: Slo = Slo()
     split: Split = Split()
+    batching: Batches = Batches()
     image: str | None = None
     server: OwnServer | None = None
     update: Update = Update()
@@ -157,6 +171,8 @@ class Deployment(msgspec.Struct, frozen=True):
     image: str = ""
     server: Server | None = None
     update: UpdateMode = "hand_over_if_room"
+    batching: Batching = Batching()
+    cloud_budget: CloudBudget | None = None
 
 
 def parse(text: str) -> Deployment:
@@ -292,15 +308,47 @@ def _checked(spec: Spec) -> Deployment:
         deadline_ms=spec.slo.deadline_ms,
         target=spec.slo.target,
         split=spec.split.mode,
-        warnings=[
-            f"{key}: kept with the deployment, but this version does not act on it yet"
-            for key, given in (("disconnect", spec.disconnect), ("rollout", spec.rollout), ("split.cloud_budget", spec.split.cloud_budget))
-            if given is not None
-        ],
+        warnings=_warnings(spec),
         image=spec.image or "",
         server=msgspec.convert(msgspec.to_builtins(spec.server), Server) if spec.server else None,
         update=_update_mode(spec.update),
+        batching=_batching(spec.batching),
+        cloud_budget=_cloud_budget(spec.split.cloud_budget),
     )
+
+
+def _warnings(spec: Spec) -> list[str]:
+    found = [
+        f"{key}: kept with the deployment, but this version does not act on it yet"
+        for key, given in (("disconnect", spec.disconnect), ("rollout", spec.rollout))
+        if given is not None
+    ]
+    if spec.server is not None and spec.batching.max_batch > 1:
+        found.append("batching: a server of one's own gets each request by itself, and forms batches where it does so itself")
+    return found
+
+
+def _batching(batches: Batches) -> Batching:
+    try:
+        max_wait_us = units.parse_duration_us(batches.max_wait)
+    except ValueError as exc:
+        raise DeploymentError(str(exc), field="batching.max_wait") from exc
+    if max_wait_us > MAX_WAIT_US:
+        raise DeploymentError(f"{batches.max_wait!r} is longer than 1s", field="batching.max_wait")
+    return Batching(batches.max_batch, max_wait_us)
+
+
+def _cloud_budget(budget: Budget | None) -> CloudBudget | None:
+    if budget is None:
+        return None
+    if budget.requests_per_hour is None and budget.bytes_per_hour is None:
+        raise DeploymentError("give requests_per_hour, bytes_per_hour or both", field="split.cloud_budget")
+    if budget.bytes_per_hour is None:
+        return CloudBudget(budget.requests_per_hour)
+    bytes_per_hour = _size(budget.bytes_per_hour, "split.cloud_budget.bytes_per_hour")
+    if bytes_per_hour > MAX_BYTES_PER_HOUR:
+        raise DeploymentError(f"{budget.bytes_per_hour!r} is more than 1024TiB", field="split.cloud_budget.bytes_per_hour")
+    return CloudBudget(budget.requests_per_hour, bytes_per_hour)
 
 
 def _check_durations(spec: Spec) -> None:

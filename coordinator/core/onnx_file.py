@@ -4,15 +4,19 @@ Walks the protobuf wire format (protobuf.dev/programming-guides/encoding) along 
 stand (onnx/onnx.proto3); the model itself is parsed in a sandbox only. Pure.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
+
+from skerry.wire.messages import StateTensor
 
 Buffer = memoryview
 
 MAX_FIELDS = 20_000_000
 """Fields looked at before giving up on a file."""
 MAX_PATH = 120
-"""Characters that are kept of where something stands."""
+"""Characters that are kept of where something stands, and of a name."""
+MAX_NAMES = 20
+"""Inputs or outputs that are told to who named another."""
 
 _GRAPH, _NODE, _ATTRIBUTE, _TENSOR, _SPARSE, _FUNCTION, _TRAINING, _EXTERNAL = range(8)
 _MODEL_PARTS = {7: ("graph", _GRAPH), 20: ("training_info", _TRAINING), 25: ("functions", _FUNCTION)}
@@ -33,6 +37,44 @@ _PARTS: dict[int, dict[int, tuple[str, int]]] = {
 
 class NotOnnx(ValueError):
     """The file can't be served; the text says why."""
+
+
+class NoSuchTensor(ValueError):
+    """A name that the model does not have; the text says which, and those that it has."""
+
+
+def check_state(data: Buffer, state: Sequence[StateTensor]) -> None:
+    """Raises NoSuchTensor where ``state`` names what is no input or no output of a file that ``check`` took, or one input twice."""
+    if not state:
+        return
+    inputs, outputs = _names(data)
+    for kept in state:
+        for name, known, kind in ((kept.input, inputs, "input"), (kept.output, outputs, "output")):
+            if name not in known:
+                have = ", ".join(repr(found[:MAX_PATH]) for found in known[:MAX_NAMES]) or f"no {kind}"
+                raise NoSuchTensor(f"{name[:MAX_PATH]!r} is not an {kind} of the model: it has {have}")
+        if sum(other.input == kept.input for other in state) > 1:
+            raise NoSuchTensor(f"the input {kept.input[:MAX_PATH]!r} is given twice")
+
+
+def _names(data: Buffer) -> tuple[list[str], list[str]]:
+    """The graph's inputs and outputs, in order. An input with an initializer is a constant that may be replaced, and does not count."""
+    seen = count()
+    named: dict[int, list[str]] = {5: [], 11: [], 12: []}  # initializer, input, output
+    for number, kind, graph in _fields(data, "the file", seen):
+        if number != 7 or kind != 2:
+            continue
+        for field, wire_type, part in _fields(graph, "graph", seen):
+            if field in named and wire_type == 2:
+                named[field].append(_name_in(part, 8 if field == 5 else 1, seen))
+    constants = set(named[5])
+    return [name for name in named[11] if name not in constants], named[12]
+
+
+def _name_in(part: Buffer, field: int, seen: Iterator[int]) -> str:
+    """The last text in a field, as protobuf has it; empty where there is none."""
+    texts = [bytes(value) for number, kind, value in _fields(part, "graph", seen) if number == field and kind == 2]
+    return texts[-1].decode(errors="replace") if texts else ""
 
 
 def check(data: Buffer) -> None:

@@ -4,9 +4,11 @@ Deployments are placed in order of age, and what already runs somewhere stays th
 its replicas: from here a crash can't be told from a cut link.
 """
 
+from bisect import bisect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 
 import msgspec
 
@@ -18,6 +20,8 @@ USABLE_SHARE = 0.8
 """Of a box's memory; the rest is the system's and ours."""
 MAX_REASON = 300
 """Characters of a box's own words in a reason: it is kept once for each deployment."""
+MAX_PEERS = 8
+"""Neighbours that one box may ask: enough to find an idle one, few enough for a document."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -179,11 +183,11 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
     by_id = {node.id: node for node in ordered}
     outcomes: dict[str, Outcome] = {}
     replicas: dict[str, list[ReplicaSpec]] = {node.id: [] for node in ordered}
-    hosts: dict[str, list[Node]] = {}
+    hosts: dict[str, _Hosts] = {}
     for want in wanted:
         outcome = _place(want, ordered, free, homes)
         outcomes[want.spec.name] = outcome
-        hosts[want.spec.name] = [by_id[node] for node in sorted({placement.node for placement in outcome.placements})]
+        hosts[want.spec.name] = _Hosts(by_id[node] for node in sorted({placement.node for placement in outcome.placements}))
         for placement in outcome.placements:
             old = next((r for r in before.get(placement.node, BoxPlan()).replicas if r.name == placement.replica), None)
             replicas[placement.node].append(_replica(want, placement.replica, old))
@@ -290,17 +294,54 @@ def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
     return new
 
 
-def _route(want: Wanted, node: Node, hosts: Sequence[Node]) -> RouteSpec | None:
+class _Hosts:
+    """The boxes that run one deployment, as others look for them. Placement counts, not liveness: a box that comes and goes changes
+    no other box's document, and whoever asks it finds out in time."""
+
+    def __init__(self, boxes: Iterable[Node]) -> None:
+        self.ids: set[str] = set()
+        self._cloud: list[Upstream] = []
+        self._rings: dict[str, list[tuple[bytes, Upstream]]] = {}
+        for box in boxes:
+            upstream = Upstream(box.id, box.gateway_url, box.tier)
+            self.ids.add(box.id)
+            if box.tier == "cloud":
+                self._cloud.append(upstream)
+            elif site := box.labels.get("site"):
+                self._rings.setdefault(site, []).append((_point(box.id), upstream))
+        for ring in self._rings.values():
+            ring.sort(key=lambda entry: entry[0])
+
+    def upstreams_for(self, node: Node) -> list[Upstream]:
+        """The cloud, then MAX_PEERS neighbours at the most: those that follow on the site's ring, so that every host of a large site
+        is some boxes' neighbour, and one that goes changes the documents of those alone."""
+        ring = self._rings.get(node.labels.get("site", ""), [])
+        start = bisect(ring, _point(node.id), key=lambda entry: entry[0])
+        following = (ring[(start + step) % len(ring)][1] for step in range(min(len(ring), MAX_PEERS + 1)))
+        peers = [upstream for upstream in following if upstream.node != node.id][:MAX_PEERS]
+        return [*self._cloud, *sorted(peers, key=lambda upstream: upstream.node)]
+
+
+def _point(node_id: str) -> bytes:
+    """Where a box stands on its site's ring: anywhere, so that boxes with like names do not all have the same neighbours."""
+    return blake2b(node_id.encode(), digest_size=8).digest()
+
+
+def _route(want: Wanted, node: Node, hosts: _Hosts) -> RouteSpec | None:
     """How ``node`` serves a deployment, or None where it does not. A selected box without a replica passes requests on."""
     spec = want.spec
     if want.model is None or label_mismatch(node, spec.labels):
         return None
-    upstreams = [Upstream(host.id, host.gateway_url, host.tier) for host in hosts if host.tier == "cloud" and host.id != node.id]
-    runs_here = any(host.id == node.id for host in hosts)
-    if node.tier == "cloud" or spec.split == "edge":
-        upstreams = []
-    if not runs_here and not upstreams:
+    upstreams = [] if node.tier == "cloud" or spec.split == "edge" else hosts.upstreams_for(node)
+    if node.id not in hosts.ids and not upstreams:
         return None
     return RouteSpec(
-        deployment=spec.name, model=spec.model, version=spec.version, deadline_ms=spec.deadline_ms, split=spec.split, upstreams=upstreams
+        deployment=spec.name,
+        model=spec.model,
+        version=spec.version,
+        deadline_ms=spec.deadline_ms,
+        split=spec.split,
+        upstreams=upstreams,
+        batching=spec.batching,
+        cloud_budget=spec.cloud_budget,
     )

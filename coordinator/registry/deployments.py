@@ -32,10 +32,14 @@ def read_deployments(tables: Tables) -> list[Stored]:
 
 
 def save_deployment(tables: Tables, spec: Deployment, text: str, now_ms: int) -> int:
-    """Keep a deployment; returns its generation, which moves only when the text does, and never back, not even after a deletion."""
+    """Keep a deployment; returns its generation, which moves only when the text does, and never back, not even after a deletion.
+
+    What the text is found to say is kept anew all the same: an earlier version may have passed over some of it.
+    """
     name = spec.name
     row = next(tables.query("SELECT generation, text FROM deployments WHERE name = ?", [name]), None)
     if row is not None and row["text"] == text:
+        tables.execute("UPDATE deployments SET spec = ? WHERE name = ?", [codec.encode(spec).decode(), name])
         generation: int = row["generation"]
         return generation
     last = next(tables.query("SELECT last FROM generations WHERE name = ?", [name]), {"last": 0})["last"]

@@ -86,13 +86,21 @@ def add_own_event(tables: Tables, node: str, kind: str, subject: str, text: str,
     )
 
 
-def read_events(tables: Tables, *, node: str = "", subject: str = "", after: int = 0, limit: int = 200) -> list[Row]:
+def read_events(
+    tables: Tables, *, node: str = "", subject: str = "", kind: str = "", except_kind: str = "", after: int = 0, limit: int = 200
+) -> list[Row]:
     """The newest events with an id over ``after``, newest first."""
     conditions: list[str] = ["id > ?"]
     values: list[Any] = [after]
     if node:
         conditions.append("node = ?")
         values.append(node)
+    if kind:
+        conditions.append("kind = ?")
+        values.append(kind)
+    if except_kind:
+        conditions.append("kind <> ?")
+        values.append(except_kind)
     if subject:
         conditions.append("(subject = ? OR subject LIKE ? ESCAPE '\\')")
         escaped = subject.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")

@@ -1,8 +1,24 @@
 """Numbered, forward only. A file knows its number in ``user_version``; each step runs in a transaction of its own."""
 
 import sqlite3
+from collections.abc import Callable
 
-STEPS: list[str] = [
+from coordinator.core import deployment
+from skerry.wire import codec
+
+
+def _read_budgets(connection: sqlite3.Connection) -> None:
+    """Budgets that were kept and not acted upon: the text is read again. One that is no deployment any more stays as it is."""
+    rows = connection.execute("SELECT name, text FROM deployments WHERE spec LIKE '%split.cloud_budget: kept%'").fetchall()
+    for name, text in rows:
+        try:
+            spec = deployment.parse(text)
+        except deployment.DeploymentError:
+            continue
+        connection.execute("UPDATE deployments SET spec = ? WHERE name = ?", (codec.encode(spec).decode(), name))
+
+
+STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     # 1
     """
     CREATE TABLE nodes (
@@ -32,6 +48,10 @@ STEPS: list[str] = [
         node TEXT NOT NULL, at_s INTEGER NOT NULL, samples INTEGER NOT NULL, cpu_ratio REAL NOT NULL, memory_used_bytes INTEGER NOT NULL,
         gpu_ratio REAL NOT NULL, PRIMARY KEY (node, at_s)) WITHOUT ROWID;
     """,
+    # 2: what a model remembers between the requests of a sequence
+    "ALTER TABLE models ADD COLUMN state TEXT NOT NULL DEFAULT '[]'",
+    # 3: split.cloud_budget is acted upon
+    _read_budgets,
 ]
 
 
@@ -47,4 +67,10 @@ def migrate(connection: sqlite3.Connection) -> None:
             f"the registry is of version {version}, this coordinator knows {len(STEPS)}: install the newer one, or restore a backup"
         )
     for number, step in enumerate(STEPS[version:], version + 1):
-        connection.executescript(f"BEGIN; {step}; PRAGMA user_version = {number}; COMMIT;")
+        if isinstance(step, str):
+            connection.executescript(f"BEGIN; {step}; PRAGMA user_version = {number}; COMMIT;")
+            continue
+        with connection:
+            connection.execute("BEGIN")
+            step(connection)
+            connection.execute(f"PRAGMA user_version = {number}")

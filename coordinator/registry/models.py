@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from sqlite_utils import Database as Tables
 
-from skerry.wire.messages import ModelRef, WarmupTensor
+from skerry.wire.messages import ModelRef, StateTensor, WarmupTensor
 
 
 class Exists(Exception):
@@ -21,7 +21,8 @@ class Model(msgspec.Struct, frozen=True):
 
 def _model(row: dict[str, Any]) -> Model:
     warmup = msgspec.json.decode(row["warmup"], type=list[WarmupTensor])
-    return Model(ModelRef(row["name"], row["version"], row["sha256"], row["size_bytes"], warmup), row["pushed_at_ms"])
+    state = msgspec.json.decode(row["state"], type=list[StateTensor])
+    return Model(ModelRef(row["name"], row["version"], row["sha256"], row["size_bytes"], warmup, state), row["pushed_at_ms"])
 
 
 def read_models(tables: Tables) -> list[Model]:
@@ -49,6 +50,7 @@ def save_model(tables: Tables, ref: ModelRef, now_ms: int) -> bool:
             "sha256": ref.sha256,
             "size_bytes": ref.size_bytes,
             "warmup": msgspec.json.encode(ref.warmup).decode(),
+            "state": msgspec.json.encode(ref.state).decode(),
             "pushed_at_ms": now_ms,
         },
         pk=("name", "version"),

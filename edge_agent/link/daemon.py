@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from edge_agent.link.telemetry import Telemetry
 from edge_agent.link.warden import WardenLink
 from skerry import __version__
 from skerry.runtime import lifecycle, log, nvml, sdnotify, settings
-from skerry.wire.box import Entries, State
+from skerry.wire.box import Entries, GatewayTotals, State
 from skerry.wire.messages import Birth, Gpu, LogsReply, Rung
 
 logger = log.get("agent")
@@ -98,6 +99,14 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         session.events_added()
         return outbox.journal_position()
 
+    def on_routed(totals: GatewayTotals) -> None:
+        try:
+            outbox.add_routed("request.routed", totals, at_ms=time.time_ns() // 1_000_000)
+        except OutboxFailed as exc:
+            logger.error("outbox.full", reason=str(exc))
+            return
+        session.events_added()
+
     warden = WardenLink(config.warden_socket, on_state=on_state, on_entries=on_entries, position=outbox.journal_position)
 
     async def reply(correlation: bytes, message: LogsReply) -> None:
@@ -123,6 +132,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         outbox_depth=outbox.depth,
         before=outbox.last_totals(),
         offer=session.offer,
+        routed=on_routed,
     )
     session.say_event("agent.started", config.node, f"version {__version__}")
     if outbox.set_aside:

@@ -25,8 +25,18 @@ CREATE TABLE IF NOT EXISTS box (
     totals BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS routed (
+    started_at_ms INTEGER NOT NULL, seq INTEGER NOT NULL, minute INTEGER NOT NULL, taken INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS samples (seq INTEGER PRIMARY KEY, sent_at_ms INTEGER NOT NULL, payload BLOB NOT NULL);
 """
+
+
+ROUTED_PER_MINUTE = 20
+"""Sampled decisions that become events in a minute of the clock, over all deployments: they must not crowd out what matters."""
+MAX_ROUTED_TEXT = 500
+"""Characters of one."""
+_LAST_MOMENT_MS, _LARGEST = 4_102_444_800_000, 2**53
+"""As in skerry.wire.messages: Moment and Count."""
 
 
 class OutboxFailed(Exception):
@@ -89,7 +99,7 @@ class Outbox:
     def add_event(self, kind: str, subject: str = "", text: str = "", *, at_ms: int) -> None:
         """Number an event and keep it. Raises OutboxFailed."""
         try:
-            self._write_events([(at_ms, kind, subject, text)], None)
+            self._write_events([(at_ms, kind, subject, text)])
         except OutboxFailed:
             self._unwritten_events += 1
             raise
@@ -104,20 +114,44 @@ class Outbox:
                 fresh.append((entry.at_ms, entry.kind, entry.subject, entry.text))
                 reached = entry.seq
         if fresh:
-            self._write_events(fresh, (journal, reached))
+            self._write_events(fresh, "UPDATE box SET journal = ?, journal_seq = ?", (journal, reached))
 
     def journal_position(self) -> tuple[str, int]:
         """The warden's journal and the last of its entries that stands here."""
         row = self._db.execute("SELECT journal, journal_seq FROM box").fetchone()
         return row[0], row[1]
 
-    def _write_events(self, rows: list[tuple[int, str, str, str]], position: tuple[str, int] | None) -> None:
+    def add_routed(self, kind: str, totals: GatewayTotals, *, at_ms: int) -> None:
+        """Take over the gateway's sampled decisions, each once however often it is told and whoever starts again. Raises OutboxFailed.
+
+        Of more than ROUTED_PER_MINUTE in a minute the newest count; the others are passed over for good.
+        """
+        started_at_ms, reached, minute, taken = self._db.execute("SELECT * FROM routed").fetchone() or (0, 0, 0, 0)
+        if started_at_ms != totals.started_at_ms:
+            reached = 0
+        if minute != at_ms // 60_000:
+            minute, taken = at_ms // 60_000, 0
+        fresh = {one.seq: one for one in totals.routed if reached < one.seq <= _LARGEST}
+        if not fresh or not 0 <= totals.started_at_ms <= _LARGEST:
+            return
+        room = max(0, ROUTED_PER_MINUTE - taken)
+        chosen = [fresh[seq] for seq in sorted(fresh)[max(0, len(fresh) - room) :]]
+        # A time that no coordinator takes would keep every event behind it from being confirmed.
+        rows = [
+            (one.at_ms if 0 <= one.at_ms <= _LAST_MOMENT_MS else at_ms, kind, one.deployment[:80], one.text[:MAX_ROUTED_TEXT])
+            for one in chosen
+        ]
+        mark = "INSERT OR REPLACE INTO routed (rowid, started_at_ms, seq, minute, taken) VALUES (1, ?, ?, ?, ?)"
+        self._write_events(rows, mark, (totals.started_at_ms, max(fresh), minute, taken + len(rows)))
+
+    def _write_events(self, rows: list[tuple[int, str, str, str]], mark: str = "", values: tuple[str | int, ...] = ()) -> None:
+        """Number events and keep them; ``mark`` notes in the same transaction how far their source has been taken over."""
         try:
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._db.executemany("INSERT INTO events (at_ms, kind, subject, text) VALUES (?, ?, ?, ?)", rows)
-                if position is not None:
-                    self._db.execute("UPDATE box SET journal = ?, journal_seq = ?", position)
+                if mark:
+                    self._db.execute(mark, values)
                 dropped = self._db.execute(
                     "DELETE FROM events WHERE seq <= (SELECT max(seq) FROM events) - ?", (self._most_events,)
                 ).rowcount

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import psutil
 
 from skerry.runtime import lifecycle, log, nvml
@@ -43,7 +44,7 @@ def since(now: GatewayTotals, before: GatewayTotals | None) -> list[ServeSample]
 class Telemetry:
     """Reads every ``every_s`` and hands each reading to ``offer``, with the gateway's counters up to which it counts.
 
-    ``before`` are those of the last reading of the agent that ran before this one.
+    ``before`` are those of the last reading of the agent that ran before this one. ``routed`` gets totals that hold sampled decisions.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Telemetry:
         outbox_depth: Callable[[], tuple[int, int]],
         before: GatewayTotals | None,
         offer: Callable[[Sample, GatewayTotals | None], Awaitable[None]],
+        routed: Callable[[GatewayTotals], None],
     ) -> None:
         self._every_s = every_s
         self._gateway_socket = gateway_socket
@@ -63,6 +65,7 @@ class Telemetry:
         self._next_seq = next_seq
         self._outbox_depth = outbox_depth
         self._offer = offer
+        self._routed = routed
         self._before = before
         self._has_gpus = bool(nvml.gpus())
 
@@ -78,6 +81,9 @@ class Telemetry:
         serve: list[ServeSample] = []
         totals = await self._ask(session)
         if totals is not None:
+            if totals.routed:
+                self._routed(totals)
+                totals = msgspec.structs.replace(totals, routed=[])
             serve, self._before = since(totals, self._before), totals
         events, samples = self._outbox_depth()
         return Sample(

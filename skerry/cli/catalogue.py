@@ -15,7 +15,7 @@ from typing import Annotated
 
 import msgspec
 
-from skerry.wire.messages import WarmupTensor
+from skerry.wire.messages import StateTensor, WarmupTensor
 from skerry.wire.topics import is_name
 
 DOWNLOAD_TIMEOUT_S = 600
@@ -46,6 +46,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     license: str
     source: Source
     warmup: list[WarmupTensor] = []
+    state: list[StateTensor] = []
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -29,9 +29,14 @@ def infer(gateway_url: str, model: str, body: bytes, headers: dict[str, str], *,
     answer = send("POST", f"{gateway_url.rstrip('/')}/v2/models/{model}/infer", headers=headers, body=body, timeout_s=timeout_s)
     if answer.status == 200:
         return answer
+    hint = f"try again in {answer.headers['retry-after']} s" if "retry-after" in answer.headers else ""
+    raise CliError(words_of(answer), exit_code=EXIT_REFUSED if answer.status < 500 else EXIT_FAILED, hint=hint)
+
+
+def words_of(answer: Answer) -> str:
+    """The gateway's own words in an answer that is an error."""
     try:
         words: Any = msgspec.json.decode(answer.body)["error"]
     except (msgspec.DecodeError, KeyError, TypeError):
         words = f"status {answer.status}"
-    hint = f"try again in {answer.headers['retry-after']} s" if "retry-after" in answer.headers else ""
-    raise CliError(str(words), exit_code=EXIT_REFUSED if answer.status < 500 else EXIT_FAILED, hint=hint)
+    return str(words)

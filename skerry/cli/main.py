@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from skerry import __version__
-from skerry.cli import command, images, inference, logs, models, output
+from skerry.cli import command, explain, images, inference, logs, models, output
 from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, path_of, save_login
 from skerry.cli.command import Json, reporting
 from skerry.wire import oip
@@ -30,6 +30,7 @@ app.add_typer(models.app, name="model")
 app.add_typer(images.app, name="image")
 app.add_typer(deployment_app, name="deployment")
 app.command("logs")(logs.show)
+app.command("explain")(explain.show)
 
 
 @app.command()
@@ -115,11 +116,12 @@ def status(as_json: Json = False) -> None:
 def events(
     node: Annotated[str, typer.Option(help="only this box's")] = "",
     subject: Annotated[str, typer.Option(help="only about this")] = "",
+    kind: Annotated[str, typer.Option(help="only of this kind")] = "",
     limit: Annotated[int, typer.Option(help="how many of the newest", min=1, max=1000)] = 50,
     as_json: Json = False,
 ) -> None:
     """What happened lately."""
-    query = {"node": node, "subject": subject, "limit": str(limit)}
+    query = {"node": node, "subject": subject, "kind": kind, "limit": str(limit)}
     found = command.coordinator().call("GET", path_of("events"), list[EventView], query=query)
     if as_json:
         output.print_json(found)
@@ -230,20 +232,6 @@ def deployment_delete(name: str, as_json: Json = False) -> None:
         output.print_json(accepted)
     else:
         output.console.print(f"{accepted.name}: deleted; boxes drain its replicas")
-
-
-@app.command()
-@reporting
-def explain(name: str, as_json: Json = False) -> None:
-    """Why a deployment runs where it does, and why not elsewhere."""
-    coordinator = command.coordinator()
-    view = coordinator.call("GET", path_of("deployments", name), DeploymentView)
-    happened = coordinator.call("GET", path_of("events"), list[EventView], query={"subject": name, "limit": "20"})
-    if as_json:
-        output.print_json({"deployment": view, "events": happened})
-        return
-    output.print_deployment(view)
-    output.print_events(happened)
 
 
 def _gateway_of(node: str) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
@@ -12,8 +12,10 @@ from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator,
 from skerry.cli.command import Json, reporting
 from skerry.wire import codec
 from skerry.wire.api import ModelView, Pushed
-from skerry.wire.messages import WarmupTensor
+from skerry.wire.messages import StateTensor, WarmupTensor
 from skerry.wire.units import format_bytes
+
+T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, help="Models in the store and in the catalogue.")
 
@@ -58,14 +60,16 @@ def model_materialise(
         output.print_json(done)
 
 
-def push_file(coordinator: Coordinator, path: Path, name: str, number: int, warmup: list[WarmupTensor]) -> Pushed:
+def push_file(
+    coordinator: Coordinator, path: Path, *, name: str, number: int, warmup: list[WarmupTensor], state: list[StateTensor]
+) -> Pushed:
     """Push one file, with a progress bar on a terminal. Raises CliError."""
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.seek(0, 2)
             file.seek(0)
-            query = {"sha256": sha256, "warmup": codec.encode(warmup).decode()}
+            query = {"sha256": sha256, "warmup": codec.encode(warmup).decode(), "state": codec.encode(state).decode()}
             bar = Progress(
                 "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=output.errors, transient=True
             )
@@ -79,6 +83,13 @@ def push_file(coordinator: Coordinator, path: Path, name: str, number: int, warm
         raise CliError(f"{path}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
 
 
+def _read_option(text: str, option: str, kind: type[T]) -> list[T]:
+    try:
+        return codec.decode(text.encode(), list[kind])  # type: ignore[valid-type]  # a list of what is given
+    except codec.Malformed as exc:
+        raise CliError(f"{option}: {exc}", exit_code=EXIT_USAGE) from exc
+
+
 @app.command("push")
 @reporting
 def model_push(
@@ -86,22 +97,23 @@ def model_push(
     name: Annotated[str, typer.Option(help="the model's name")] = "",
     number: Annotated[int, typer.Option("--version", help="the version, a whole number from 1; versions never change", min=0)] = 0,
     warmup: Annotated[str, typer.Option(help="inputs of the warm-up run: JSON, [{name, shape, value}]")] = "[]",
+    state: Annotated[
+        str, typer.Option(help="outputs that are the next request's inputs within a sequence: JSON, [{input, output}]")
+    ] = "[]",
     as_json: Json = False,
 ) -> None:
     """Push a model version to the store."""
-    try:
-        tensors = codec.decode(warmup.encode(), list[WarmupTensor])
-    except codec.Malformed as exc:
-        raise CliError(f"--warmup: {exc}", exit_code=EXIT_USAGE) from exc
+    tensors, kept = _read_option(warmup, "--warmup", WarmupTensor), _read_option(state, "--state", StateTensor)
     if file.is_dir():
         manifest = catalogue.read_manifest(file / "model.toml")
         file = catalogue.materialise(manifest, Path(".cache/models"))
-        name, number, tensors = name or manifest.name, number or manifest.version, tensors or manifest.warmup
+        name, number = name or manifest.name, number or manifest.version
+        tensors, kept = tensors or manifest.warmup, kept or manifest.state
     if not name or not number:
         raise CliError(
             "give --name and --version", exit_code=EXIT_USAGE, hint="skerry model push FILE.onnx --name shelf-detector --version 1"
         )
-    pushed = push_file(command.coordinator(), file, name, number, tensors)
+    pushed = push_file(command.coordinator(), file, name=name, number=number, warmup=tensors, state=kept)
     if as_json:
         output.print_json(pushed)
     else:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from skerry.wire import codec
 from skerry.wire.api import DeploymentView, EventView, ModelView, NodeView, ServeView
+from skerry.wire.messages import Batching, CloudBudget
 from skerry.wire.units import format_bytes
 
 console = Console(highlight=False)
@@ -32,17 +33,18 @@ def moment(at_ms: int) -> str:
     return time.strftime("%H:%M:%S" if then[:3] == time.localtime()[:3] else "%Y-%m-%d %H:%M:%S", then)
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
+    """An empty table; numbers stand to the right."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        right = column in ("req/s", "p50 ms", "p99 ms", "edge", "cloud", "refused", "size", "cpu", "memory")
+        right = column in ("req/s", "p50 ms", "p99 ms", "edge", "cloud", "refused", "size", "cpu", "memory", "would take")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
 
 def print_nodes(nodes: Sequence[NodeView]) -> None:
     """A line for each box."""
-    table = _table("box", "state", "tier", "labels", "replicas", "cpu", "memory", "generation", "since")
+    table = table_of("box", "state", "tier", "labels", "replicas", "cpu", "memory", "generation", "since")
     for node in nodes:
         ready = sum(1 for replica in node.replicas if replica.phase == "ready")
         behind = "" if node.generation == node.reported_generation else f" (runs {node.reported_generation})"
@@ -72,7 +74,7 @@ def print_node(node: NodeView) -> None:
     console.print(f"  desired generation {node.generation}, reported {node.reported_generation}")
     if node.refused:
         console.print(f"  [red]refused:[/] {escape(node.refused)}")
-    table = _table("replica", "phase", "sandbox", "provider", "restarts", "reason")
+    table = table_of("replica", "phase", "sandbox", "provider", "restarts", "reason")
     for replica in node.replicas:
         phase = PHASES.get(replica.state, replica.state)
         sandbox = f"{replica.driver} ({replica.rung}{', warm' if replica.is_warm else ''}; limits: {replica.limits or 'none'})"
@@ -98,7 +100,7 @@ def _served(serve: ServeView) -> list[str]:
 
 def deployments_table(deployments: Sequence[DeploymentView]) -> Table:
     """A line for each deployment."""
-    table = _table("deployment", "model", "ready", "req/s", "p50 ms", "p99 ms", "edge", "cloud", "refused", "problem")
+    table = table_of("deployment", "model", "ready", "req/s", "p50 ms", "p99 ms", "edge", "cloud", "refused", "problem")
     for view in deployments:
         colour = "green" if view.ready == view.wanted and view.wanted else "yellow"
         table.add_row(
@@ -118,16 +120,19 @@ def print_deployment(view: DeploymentView) -> None:
         f"[bold]{escape(view.name)}[/]  {escape(view.model)}  generation {view.generation}  "
         f"ready {view.ready}/{view.wanted}  deadline {view.deadline_ms} ms  split {view.split}"
     )
+    for words in (batching_words(view.batching), budget_words(view.cloud_budget)):
+        if words:
+            console.print(f"  {words}")
     if view.problem:
         console.print(f"  [yellow]{escape(view.problem)}[/]")
-    table = _table("runs on", "phase", "sandbox", "why there", "what it says")
+    table = table_of("runs on", "phase", "sandbox", "why there", "what it says")
     for placement in view.placements:
         phase = PHASES.get(placement.phase, placement.phase)
         sandbox = f"{placement.driver} ({placement.rung})" if placement.driver else ""
         table.add_row(f"{escape(placement.node)}/{placement.replica}", phase, sandbox, escape(placement.reason), escape(placement.status))
     console.print(table)
     if view.refusals:
-        refusals = _table("not on", "why not")
+        refusals = table_of("not on", "why not")
         for refusal in view.refusals:
             refusals.add_row(escape(refusal.node), escape(refusal.reason))
         console.print(refusals)
@@ -139,9 +144,26 @@ def print_deployment(view: DeploymentView) -> None:
     )
 
 
+def batching_words(batching: Batching) -> str:
+    """How requests share runs; empty where none do."""
+    if batching.max_batch <= 1:
+        return ""
+    wait = f"{batching.max_wait_us / 1000:g} ms at most" if batching.max_wait_us else "not at all"
+    return f"up to {batching.max_batch} rows share a run, waiting for company {wait}"
+
+
+def budget_words(budget: CloudBudget | None) -> str:
+    """What a box may send to the cloud; empty where there is no limit."""
+    if budget is None:
+        return ""
+    limits = [] if budget.requests_per_hour is None else [f"{budget.requests_per_hour} requests"]
+    limits += [] if budget.bytes_per_hour is None else [format_bytes(budget.bytes_per_hour)]
+    return f"each box sends {' and '.join(limits)} an hour to the cloud at most"
+
+
 def print_models(models: Sequence[ModelView]) -> None:
     """A line for each model version."""
-    table = _table("model", "size", "sha256", "pushed", "used by")
+    table = table_of("model", "size", "sha256", "pushed", "used by")
     for model in models:
         table.add_row(
             f"{model.name}:{model.version}",
@@ -155,7 +177,7 @@ def print_models(models: Sequence[ModelView]) -> None:
 
 def print_events(events: Sequence[EventView]) -> None:
     """Oldest first, as a log reads."""
-    table = _table("at", "box", "event", "about", "what")
+    table = table_of("at", "box", "event", "about", "what")
     for event in reversed(events):
         table.add_row(
             moment(event.at_ms), escape(event.node or "coordinator"), escape(event.kind), escape(event.subject), escape(event.text)

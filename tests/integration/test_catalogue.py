@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator.core import onnx_file
 from edge_agent.worker.session import LoadFailed, Session
 from skerry.cli import catalogue
 from skerry.wire.messages import WarmupTensor
@@ -58,6 +59,7 @@ def test_every_model_of_the_catalogue_materialises_once_and_verified(tmp_path):
     for manifest in manifests:
         path = catalogue.materialise(manifest, tmp_path)
         assert path.stat().st_size == manifest.source.size_bytes
+        onnx_file.check_state(memoryview(path.read_bytes()), manifest.state)
         first = path.stat().st_mtime_ns
         assert catalogue.materialise(manifest, tmp_path).stat().st_mtime_ns == first
         path.write_bytes(b"damaged")

@@ -11,11 +11,24 @@ from urllib.request import Request, urlopen
 import msgspec
 import pytest
 
+from skerry.cli.client import CliError
 from skerry.runtime import mqtt
 from skerry.runtime.settings import Broker
 from skerry.wire import codec, topics
-from skerry.wire.api import EventView
-from skerry.wire.messages import Birth, Event, EventBatch, MetricsBatch, Presence, Reported, Sample, ServeSample
+from skerry.wire.api import EventView, ModelView
+from skerry.wire.messages import (
+    Batching,
+    Birth,
+    CloudBudget,
+    Event,
+    EventBatch,
+    MetricsBatch,
+    Presence,
+    Reported,
+    Sample,
+    ServeSample,
+    StateTensor,
+)
 from tests.e2e.world import World, running, wait_until
 
 
@@ -174,3 +187,58 @@ def test_why_a_box_lacks_a_sandbox_is_told_to_whoever_asks_for_it(world):
     with urllib.request.urlopen(request, timeout=10) as answer:
         assert "the engine has no runtime runsc" in answer.read().decode()
     world.api.call("DELETE", "/v1/deployments/strict", msgspec.Raw)
+
+
+def test_what_a_model_remembers_is_kept_with_it_and_names_that_it_lacks_are_refused(world, scale_model):
+    def push(state: str, version: int = 1):
+        return world.cli("model", "push", str(scale_model), "--name", "keeps", "--version", str(version), "--state", state, "--json")
+
+    for state, words in (
+        ('[{"input": "h", "output": "y"}]', "state: 'h' is not an input of the model: it has 'x'"),
+        ('[{"input": "x", "output": "hN"}]', "state: 'hN' is not an output of the model: it has 'y'"),
+    ):
+        done = push(state)
+        assert (done.returncode, words in done.stderr.decode()) == (4, True), done.stderr
+    assert push('[{"input": "x"}]').returncode == 2
+    assert not [model for model in world.api.call("GET", "/v1/models", list[ModelView]) if model.name == "keeps"]
+    done = push('[{"input": "x", "output": "y"}]')
+    assert done.returncode == 0, done.stderr
+    (kept,) = [model for model in world.api.call("GET", "/v1/models", list[ModelView]) if model.name == "keeps"]
+    assert kept.state == [StateTensor("x", "y")]
+    with pytest.raises(CliError, match=r"\$\[0\]"):
+        world.api.call("PUT", "/v1/models/keeps/versions/2", msgspec.Raw, query={"state": "[7]"}, body=scale_model.read_bytes())
+
+
+def test_batches_and_budget_reach_the_api_and_the_console(world):
+    world.deploy("name: shared\nmodel: m:1\nbatching: {max_batch: 8, max_wait: 2.5ms}\nsplit: {cloud_budget: {bytes_per_hour: 5GiB}}\n")
+    view = world.deployment("shared")
+    assert (view.batching, view.cloud_budget) == (Batching(8, 2500), CloudBudget(None, 5 * 2**30))
+    request = urllib.request.Request(f"{world.fleet.url}/deployments/shared", headers={"Authorization": f"Bearer {world.fleet.token}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        page = answer.read().decode()
+    assert "Up to 8 rows share a run and wait 2.5 ms for company at most." in page
+    assert "In an hour each box sends the cloud at most 5\u202fGiB." in page
+    shown = world.cli("deployment", "show", "shared").stdout.decode()
+    assert "up to 8 rows share a run, waiting for company 2.5 ms at most" in shown
+    assert "each box sends 5 GiB an hour to the cloud at most" in shown
+
+
+def test_explain_shows_what_boxes_noted_of_requests_apart_from_all_else(world):
+    world.deploy("name: noted\nmodel: m:1\nplace: {labels: {only: nowhere}}\n")
+    now_ms = time.time_ns() // 10**6
+    for node in ("teller-1", "teller-2"):
+        noted = [Event("ep", seq, now_ms, "request.routed", "noted", f"{node}: here, {seq} ms of 50 ms") for seq in range(1, 31)]
+        noted.append(Event("ep", 31, now_ms, "request.routed", "noted-too", "of another deployment"))
+        say(world, node, ("events", codec.encode(EventBatch(noted))))
+    wait_until(lambda: len(world.events(kind="request.routed")) == 62, 10, world.log_tails)
+    assert not world.events(kind="request.routed", except_kind="request.routed")
+    assert {event.kind for event in world.events(subject="noted", except_kind="request.routed")} == {"deployment.accepted"}
+    told = json.loads(world.cli("explain", "noted", "--json").stdout)
+    assert [event["kind"] for event in told["events"]] == ["deployment.accepted"], "not crowded out"
+    assert [event["subject"] for event in told["routed"]] == ["noted"] * 20
+    shown = world.cli("explain", "noted", "--node", "teller-1").stdout.decode()
+    assert "teller-1: here, 30 ms of 50 ms" in shown
+    assert "teller-2" not in shown
+    assert "of another deployment" not in shown
+    assert world.cli("events", "--kind", "deployment.accepted", "--subject", "noted").stdout.count(b"deployment.accepted") == 1
+    assert world.cli("explain", "nobody").returncode == 5

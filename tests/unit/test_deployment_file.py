@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coordinator.core.deployment import MAX_TEXT_BYTES, Deployment, DeploymentError, Replicas, parse
 from skerry.wire import codec
-from skerry.wire.messages import Server
+from skerry.wire.messages import Batching, CloudBudget, Server
 
 EXAMPLE = """\
 name: shelf-detector
@@ -54,8 +54,9 @@ def test_the_example_of_the_design_is_taken_and_says_what_is_not_acted_on_yet():
         deadline_ms=50,
         target=0.99,
         split="overflow",
+        cloud_budget=CloudBudget(2000),
     )
-    assert [warning.partition(":")[0] for warning in warnings] == ["disconnect", "rollout", "split.cloud_budget"]
+    assert [warning.partition(":")[0] for warning in warnings] == ["disconnect", "rollout"]
 
 
 def test_two_lines_are_enough():
@@ -73,7 +74,19 @@ def test_json_is_taken_as_well():
         ("replica: {count: 1}", "replica", 3, "unknown key"),
         ("resources:\n  memory: 1GiB\n  cpu: 2", "resources.cpu", 5, "unknown key"),
         ("split:\n  cloud_budget:\n    per_hour: 3", "split.cloud_budget.per_hour", 5, "unknown key"),
-        ("split:\n  cloud_budget: {}", "split.cloud_budget.requests_per_hour", 4, "is required"),
+        ("split:\n  cloud_budget: {}", "split.cloud_budget", 4, "give requests_per_hour, bytes_per_hour or both"),
+        ("split:\n  cloud_budget:\n    bytes_per_hour: lots", "split.cloud_budget.bytes_per_hour", 5, "512MiB"),
+        ("split:\n  cloud_budget:\n    bytes_per_hour: -1", "split.cloud_budget.bytes_per_hour", 5, "512MiB"),
+        ("split:\n  cloud_budget:\n    bytes_per_hour: 1025TiB", "split.cloud_budget.bytes_per_hour", 5, "more than 1024TiB"),
+        ("split:\n  cloud_budget:\n    requests_per_hour: 1000000001", "split.cloud_budget.requests_per_hour", 5, "<= 1000000000"),
+        ("split:\n  cloud_budget:\n    requests_per_hour: 1.5", "split.cloud_budget.requests_per_hour", 5, "expected `int"),
+        ("batching: 8", "batching", 3, "expected `object`"),
+        ("batching:\n  max_batch: 0", "batching.max_batch", 4, ">= 1"),
+        ("batching:\n  max_batch: 1025", "batching.max_batch", 4, "<= 1024"),
+        ("batching:\n  max_batch: 2\n  max_wait: 2", "batching.max_wait", 5, "expected `str`"),
+        ("batching:\n  max_batch: 2\n  max_wait: soon", "batching.max_wait", 5, "60s"),
+        ("batching:\n  max_batch: 2\n  max_wait: 1001ms", "batching.max_wait", 5, "longer than 1s"),
+        ("batching:\n  max_batch: 2\n  max_wait_us: 7", "batching.max_wait_us", 5, "unknown key"),
         ("replicas: 3", "replicas", 3, "expected `object`"),
         ("slo:\n  deadline_ms: soon", "slo.deadline_ms", 4, "expected `int`"),
         ("slo:\n  target: .nan", "slo.target", 4, "expected `float`"),
@@ -165,8 +178,46 @@ def test_an_update_is_one_of_three_modes(lines, mode):
     assert parse(SHORT + lines).update == mode
 
 
+@pytest.mark.parametrize(
+    ("lines", "batching"),
+    [
+        ("", Batching(1, 0)),
+        ("batching: {}", Batching(1, 0)),
+        ("batching: {max_batch: 8}", Batching(8, 0)),
+        ("batching: {max_batch: 8, max_wait: 2ms}", Batching(8, 2000)),
+        ("batching: {max_batch: 1024, max_wait: 0.25ms}", Batching(1024, 250)),
+        ("batching: {max_batch: 1, max_wait: 1s}", Batching(1, 1_000_000)),
+    ],
+)
+def test_batches_have_a_size_and_a_wait(lines, batching):
+    parsed = parse(SHORT + lines)
+    assert (parsed.batching, parsed.warnings) == (batching, [])
+
+
+@pytest.mark.parametrize(
+    ("lines", "budget"),
+    [
+        ("", None),
+        ("split: {cloud_budget: {requests_per_hour: 0}}", CloudBudget(0, None)),
+        ("split: {cloud_budget: {bytes_per_hour: 0}}", CloudBudget(None, 0)),
+        ("split: {cloud_budget: {bytes_per_hour: 1.5 GB}}", CloudBudget(None, 1_500_000_000)),
+        ("split: {cloud_budget: {requests_per_hour: 7, bytes_per_hour: 1024TiB}}", CloudBudget(7, 2**50)),
+    ],
+)
+def test_a_cloud_budget_limits_requests_bytes_or_both(lines, budget):
+    parsed = parse(SHORT + lines)
+    assert (parsed.cloud_budget, parsed.warnings) == (budget, [])
+
+
+def test_batches_of_a_server_of_ones_own_are_warned_of():
+    server = f"server: {{image: '{IMAGE}'}}\n"
+    assert [w.partition(":")[0] for w in parse(SHORT + server + "batching: {max_batch: 2}").warnings] == ["batching"]
+    assert parse(SHORT + server + "batching: {max_batch: 1}").warnings == []
+
+
 def test_a_deployment_that_an_older_version_stored_can_be_read():
-    older = {key: value for key, value in msgspec.to_builtins(parse(SHORT)).items() if key not in ("image", "server", "update")}
+    newer = ("image", "server", "update", "batching", "cloud_budget")
+    older = {key: value for key, value in msgspec.to_builtins(parse(SHORT)).items() if key not in newer}
     assert codec.decode(codec.encode(older), Deployment) == parse(SHORT)
 
 
@@ -243,7 +294,7 @@ def test_brackets_in_brackets_are_refused_before_they_cost_time(text):
 
 def test_every_default_can_be_written_out():
     written = "replicas: {per_node: 1}\nplace: {labels: {}, tier: [edge], accelerator: any}\nslo: {deadline_ms: 1000, target: 0.99}"
-    written += "\nupdate: {strategy: hand_over, no_room: recreate}"
+    written += "\nupdate: {strategy: hand_over, no_room: recreate}\nbatching: {max_batch: 1, max_wait: 0ms}"
     assert parse(SHORT + written) == parse(SHORT)
 
 
@@ -257,6 +308,11 @@ def usable(text: str) -> None:
         assert 0 < parsed.cpus <= 1024
         assert 0 < parsed.target <= 1
         assert parsed.tiers
+        assert 1 <= parsed.batching.max_batch <= 1024
+        assert 0 <= parsed.batching.max_wait_us <= 1_000_000
+        budget = parsed.cloud_budget or CloudBudget(0, 0)
+        assert {budget.requests_per_hour, budget.bytes_per_hour} != {None}
+        assert all(limit is None or 0 <= limit <= 2**53 for limit in (budget.requests_per_hour, budget.bytes_per_hour))
         codec.encode(parsed.labels)
 
 
@@ -301,6 +357,7 @@ def test_no_value_in_the_place_of_another_raises_anything_but_a_deployment_error
         "name": "a", "model": "m:1", "replicas": {"count": 1}, "place": {"labels": {"a": "b"}, "tier": ["edge"], "accelerator": "any"},
         "resources": {"memory": "1GiB", "cpus": 1, "gpu_memory": 0}, "isolation": {"at_least": "process"},
         "slo": {"deadline_ms": 1, "target": 1}, "split": {"mode": "edge", "cloud_budget": {"requests_per_hour": 1}},
+        "batching": {"max_batch": 2, "max_wait": "2ms"},
         "disconnect": {"lost_after": "1s"}, "image": IMAGE, "update": {"strategy": "recreate", "no_room": "refuse"},
         "server": {"image": IMAGE, "port": 1, "model": "m", "argv": ["a"], "environment": {"A": "b"}},
         "rollout": {"waves": [1]},

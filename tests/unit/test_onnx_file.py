@@ -12,7 +12,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.core.onnx_file import NotOnnx, check
+from coordinator.core.onnx_file import NoSuchTensor, NotOnnx, check, check_state
+from skerry.wire.messages import StateTensor
 
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(64)
 
@@ -192,11 +193,58 @@ def test_no_damage_to_a_model_raises_anything_but_a_refusal(data):
                 content += content[at : at + 40]
         if not content:
             break
-    with contextlib.suppress(NotOnnx):
+    with contextlib.suppress(NotOnnx, NoSuchTensor):
         check(memoryview(bytes(content)))
+        check_state(memoryview(bytes(content)), [StateTensor("x", "y")])
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_no_name_of_another_file_slips_through(location):
     assert "location" in reason(scale(weights=outside(location)).SerializeToString())
+
+
+def keeps(*state: tuple[str, str], content: bytes = WHOLE) -> str:
+    """What is said of a model that shall keep ``state``; empty where it can."""
+    try:
+        check_state(memoryview(content), [StateTensor(*pair) for pair in state])
+    except NoSuchTensor as exc:
+        return str(exc) or "refused without a word"
+    return ""
+
+
+def remembering() -> onnx.ModelProto:
+    """Two sums that go on from request to request, and a constant that is listed among the inputs, as old exporters do."""
+    floats = [oh.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "h", "c", "two", "y", "hN", "cN")]
+    nodes = [oh.make_node("Add", [a, b], [c]) for a, b, c in (("x", "two", "y"), ("h", "x", "hN"), ("c", "x", "cN"))]
+    two = oh.make_tensor("two", onnx.TensorProto.FLOAT, [1], [2.0])
+    return oh.make_model(oh.make_graph(nodes, "sums", floats[:4], floats[4:], [two]), ir_version=3)
+
+
+def test_state_names_an_input_and_an_output_of_the_file():
+    content = remembering().SerializeToString()
+    assert keeps(content=content) == ""
+    assert keeps(("h", "hN"), ("c", "cN"), content=content) == ""
+    assert keeps(("h", "hN"), ("c", "hN"), content=content) == "", "one output may go to two inputs"
+    assert keeps(("x", "y")) == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ([("state", "hN")], "'state' is not an input of the model: it has 'x', 'h', 'c'"),
+        ([("h", "stateN")], "'stateN' is not an output of the model: it has 'y', 'hN', 'cN'"),
+        ([("h", "h")], "'h' is not an output of the model: it has 'y', 'hN', 'cN'"),
+        ([("h", "hN"), ("", "cN")], "'' is not an input of the model: it has 'x', 'h', 'c'"),
+        ([("two", "hN")], "'two' is not an input of the model: it has 'x', 'h', 'c'"),
+        ([("h", "hN"), ("h", "cN")], "the input 'h' is given twice"),
+    ],
+)
+def test_a_name_that_the_file_lacks_is_said_with_those_that_it_has(state, words):
+    assert keeps(*state, content=remembering().SerializeToString()) == words
+
+
+def test_a_model_with_a_thousand_outputs_is_told_of_in_a_few_words():
+    model = remembering()
+    model.graph.output.extend([oh.make_tensor_value_info(f"more-{i}" + "o" * 500, 1, [1]) for i in range(1000)])
+    assert len(keeps(("h", "none" * 1000), content=model.SerializeToString())) < 3000

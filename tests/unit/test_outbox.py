@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.link.outbox import Outbox, OutboxFailed
-from skerry.wire.box import Entry
-from skerry.wire.messages import Sample
+from edge_agent.link.outbox import ROUTED_PER_MINUTE, Outbox, OutboxFailed
+from skerry.wire import codec
+from skerry.wire.box import Entry, GatewayTotals, Routed
+from skerry.wire.messages import EventBatch, Sample
 from tests.conftest import fill
 
 
@@ -144,6 +145,94 @@ for first in range(1, 10_000_000, 100):
     assert (journal, reached % 100) == ("j", 0)
     assert reached >= 500
     assert [text for _, text in events(outbox)] == [f"entry {seq}" for seq in range(1, reached + 1)]
+
+
+def totals(started_at_ms: int, *seqs: int) -> GatewayTotals:
+    return GatewayTotals(started_at_ms, "box", "edge", routed=[Routed(seq, 7, "d", f"{started_at_ms}/{seq}") for seq in seqs])
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_each_decision_of_the_gateway_is_an_event_once_whatever_is_repeated_and_whoever_starts_again(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("o") / "o.db"
+    outbox = Outbox(path, most_events=1000, most_samples=10)
+    started, newest, minute, told, passed, taken = 1, 0, 100, [], 0, 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        match data.draw(st.sampled_from(["ask", "ask", "decide", "agent", "gateway", "minute"])):
+            case "decide":
+                newest += data.draw(st.integers(1, 15))
+            case "agent":
+                outbox.close()
+                outbox = Outbox(path, most_events=1000, most_samples=10)
+            case "gateway":
+                started, newest, passed = started + 1, data.draw(st.integers(0, 5)), 0
+            case "minute":
+                minute, taken = minute + 1, 0
+        held = range(max(1, newest - 9), newest + 1)  # the gateway keeps the last ten
+        outbox.add_routed("request.routed", totals(started, *data.draw(st.permutations(held))), at_ms=minute * 60_000)
+        fresh = [f"{started}/{seq}" for seq in held if seq > passed]
+        while len(fresh) > ROUTED_PER_MINUTE - taken:
+            del fresh[0]
+        told, passed, taken = told + fresh, max(passed, newest), taken + len(fresh)
+        assert [text for _, text in events(outbox)] == told
+    outbox.close()
+
+
+def test_all_decisions_come_while_they_are_few_and_twenty_in_a_minute_at_most(open_outbox):
+    outbox = open_outbox()
+    outbox.add_routed("request.routed", totals(1, 1, 2, 3), at_ms=60_000)
+    outbox.add_routed("request.routed", totals(1, 2, 3, 4), at_ms=61_000)
+    assert [text for _, text in events(outbox)] == ["1/1", "1/2", "1/3", "1/4"]
+    outbox.add_routed("request.routed", totals(1, *range(5, 50)), at_ms=62_000)
+    room = ROUTED_PER_MINUTE - 4
+    assert [text for _, text in events(outbox, after=4)] == [f"1/{seq}" for seq in range(50 - room, 50)], "the newest"
+    again = open_outbox()
+    again.add_routed("request.routed", totals(1, 50), at_ms=119_999)
+    again.add_routed("request.routed", totals(2, 1), at_ms=119_999)
+    assert len(events(again)) == ROUTED_PER_MINUTE, "an agent that starts again has no more of them, nor a gateway that does"
+    again.add_routed("request.routed", totals(2, 1, 2), at_ms=120_000)
+    assert [text for _, text in events(again, after=ROUTED_PER_MINUTE)] == ["2/2"], "what was passed over does not come late"
+    first = again.events_after(0, 1)[0]
+    assert (first.kind, first.subject, first.at_ms) == ("request.routed", "d", 7)
+
+
+@pytest.mark.parametrize("at_ms", [-1, 2**63, 2**70, 4_102_444_800_001])
+def test_a_decision_of_a_gateway_in_an_enemys_hands_keeps_no_other_event_from_the_coordinator(open_outbox, at_ms):
+    outbox = open_outbox()
+    sick = [Routed(1, at_ms, "d" * 1000, "x" * 100_000), Routed(-5, 7, "d", "no number"), Routed(2**80, 7, "d", "too large a number")]
+    outbox.add_routed("request.routed", GatewayTotals(1, "box", "edge", routed=sick), at_ms=60_000)
+    outbox.add_routed("request.routed", GatewayTotals(2**80, "box", "edge", routed=[Routed(1, 7, "d", "no time")]), at_ms=60_000)
+    outbox.add_event("kind", text="after", at_ms=7)
+    held = codec.decode(codec.encode(EventBatch(outbox.events_after(0, 10))), EventBatch).events
+    assert [(event.at_ms, len(event.text)) for event in held] == [(60_000, 500), (7, 5)]
+
+
+def test_decisions_that_a_full_disk_refused_are_taken_once_there_is_room(small_disk, open_outbox):
+    outbox = open_outbox()
+    fill(small_disk)
+    large = GatewayTotals(1, "box", "edge", routed=[Routed(seq, 7, "d", "x" * 500) for seq in range(1, 20)])
+
+    def fill_up() -> None:
+        for minute in range(1, 50):
+            outbox.add_routed("request.routed", GatewayTotals(minute, "box", "edge", routed=large.routed), at_ms=minute * 60_000)
+
+    with pytest.raises(OutboxFailed):
+        fill_up()
+    (small_disk / "filler").unlink()
+    before = len(events(outbox))
+    outbox.add_routed("request.routed", GatewayTotals(99, "box", "edge", routed=large.routed), at_ms=99 * 60_000)
+    outbox.add_routed("request.routed", GatewayTotals(99, "box", "edge", routed=large.routed), at_ms=99 * 60_000)
+    assert len(events(outbox)) == before + 19
+
+
+def test_an_outbox_of_an_earlier_version_takes_decisions_too(tmp_path, open_outbox):
+    open_outbox().close()
+    with sqlite3.connect(tmp_path / "o.db") as db:
+        db.execute("DROP TABLE routed")
+    db.close()
+    again = open_outbox()
+    again.add_routed("request.routed", totals(1, 1), at_ms=60_000)
+    assert (again.set_aside, events(again)) == ("", [(1, "1/1")])
 
 
 def test_the_numbers_of_samples_go_on_after_the_file_is_opened_again_even_when_none_is_held(open_outbox):

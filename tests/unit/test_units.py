@@ -2,7 +2,7 @@
 
 import pytest
 
-from skerry.wire.units import format_bytes, parse_bytes, parse_duration_ms
+from skerry.wire.units import format_bytes, parse_bytes, parse_duration_ms, parse_duration_us
 
 
 @pytest.mark.parametrize(("text", "size"), [("512MiB", 512 * 2**20), ("1.5 GB", 1_500_000_000), ("7", 7), (0, 0), ("0.5KiB", 512)])
@@ -21,10 +21,16 @@ def test_durations_parse_to_milliseconds(text, ms):
     assert parse_duration_ms(text) == ms
 
 
+@pytest.mark.parametrize(("text", "us"), [("2ms", 2000), ("0.25ms", 250), ("0.0001ms", 0), ("1s", 1_000_000), ("0ms", 0)])
+def test_durations_parse_to_microseconds(text, us):
+    assert parse_duration_us(text) == us
+
+
 @pytest.mark.parametrize("text", ["", "60", "s", "-1s", "1 week"])
-def test_a_duration_without_a_known_unit_is_refused(text):
+@pytest.mark.parametrize("parse", [parse_duration_ms, parse_duration_us])
+def test_a_duration_without_a_known_unit_is_refused(text, parse):
     with pytest.raises(ValueError, match="expected a duration"):
-        parse_duration_ms(text)
+        parse(text)
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (2**20, "1 MiB"), (10_857_958, "10.4 MiB"), (5 * 2**40, "5 TiB")])

@@ -12,7 +12,7 @@ from edge_agent.warden.ports import CONTROL_NAME, SOCKET_NAME, Driver, SandboxSp
 from edge_agent.warden.slots import Slot, Slots
 from skerry.runtime import unix_socket
 from skerry.wire import codec, ipc
-from skerry.wire.messages import RUNGS, ReplicaSpec, Server, WarmupTensor
+from skerry.wire.messages import RUNGS, ModelRef, ReplicaSpec, Server
 
 HELLO_TIMEOUT_S = 2.0
 TELL_TIMEOUT_S = 2.0
@@ -42,7 +42,7 @@ def sandbox_spec(name: str, slot: Slot, slots: Slots) -> SandboxSpec:
     argv = host_runtime.worker_argv(kind.cpus, interpreter=IMAGE_INTERPRETER) if kind.image else host_runtime.worker_argv(kind.cpus)
     environment = host_runtime.image_environment(kind.cpus) if kind.image else host_runtime.worker_environment(kind.cpus)
     if replica is not None:
-        argv = host_runtime.with_model(argv, replica.model.warmup)
+        argv = host_runtime.with_model(argv, replica.model.warmup, replica.model.state)
     return SandboxSpec(
         name=name,
         argv=argv,
@@ -74,13 +74,13 @@ def is_waiting(socket_dir: Path) -> bool:
         return False
 
 
-async def tell(socket_dir: Path, warmup: list[WarmupTensor]) -> None:
-    """Tell a worker that waits to load the model that lies in its model directory. Raises OSError."""
+async def tell(socket_dir: Path, model: ModelRef) -> None:
+    """Tell a worker that waits to load ``model``, which lies in its model directory. Raises OSError."""
     async with asyncio.timeout(TELL_TIMEOUT_S):
         with unix_socket.pinned(socket_dir / CONTROL_NAME) as control:
             _, writer = await asyncio.open_unix_connection(control)
         try:
-            writer.writelines(ipc.frame(ipc.Load(warmup), []))
+            writer.writelines(ipc.frame(ipc.Load(model.warmup, model.state), []))
             await writer.drain()
         finally:
             writer.close()

@@ -84,7 +84,7 @@ class WarmPool:
         warm = self._held.pop(name)
         try:
             self._slots.claim(name, replica, model, attempts)
-            await launch.tell(self._slots.socket_dir(name), replica.model.warmup)
+            await launch.tell(self._slots.socket_dir(name), replica.model)
         except (OSError, TimeoutError) as exc:
             await self._stop(name, warm)
             raise OSError(f"the warm sandbox {name} could not be told its model: {exc or type(exc).__name__}") from exc

@@ -1,4 +1,4 @@
-"""``python -m edge_agent.worker --socket PATH [--model FILE] [--threads N]``
+"""``python -m edge_agent.worker --socket PATH [--model FILE] [--threads N] [--warmup JSON] [--state JSON]``
 
 Without ``--model`` it imports all that it will need and waits, on ``control.sock`` beside its socket, to be told to load the model that
 will then lie in its model directory.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edge_agent.worker import lockdown
 from skerry.wire import codec, ipc
-from skerry.wire.messages import WarmupTensor
+from skerry.wire.messages import StateTensor, WarmupTensor
 
 MODEL = Path("/model/model.onnx")
 CONTROL = "control.sock"
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--socket", type=Path, required=True, help="where to listen; the directory must be writable")
     parser.add_argument("--threads", type=int, default=1, help="threads for one inference (default: 1)")
     parser.add_argument("--warmup", default="[]", help="inputs of the warm-up run, JSON: [{name, shape, value}]")
+    parser.add_argument("--state", default="[]", help="what is kept between the calls of a sequence, JSON: [{input, output}]")
     arguments = parser.parse_args()
     try:
         lockdown.before_loading(arguments.socket.parent)
@@ -37,18 +38,22 @@ def main() -> None:
     try:
         if arguments.model is None:
             ahead.prepare()
-            model, warmup = MODEL, serve.wait_for_load(arguments.socket.with_name(CONTROL)).warmup
+            model, load = MODEL, serve.wait_for_load(arguments.socket.with_name(CONTROL))
         else:
-            model, warmup = arguments.model, codec.decode(arguments.warmup.encode(), list[WarmupTensor])
-        session = Session(model, threads=arguments.threads, warmup=warmup)
+            model, load = arguments.model, _load_of(arguments.warmup, arguments.state)
+        session = Session(model, threads=arguments.threads, warmup=load.warmup, state=load.state)
         listener = frames.listen(arguments.socket)
         confinement = lockdown.before_serving(session.provider)
     except (LoadFailed, codec.Malformed, lockdown.LockdownFailed) as exc:
         sys.exit(_failed(str(exc)))
     gc.freeze()  # what loading made lives as long as the process: the collector need not walk it in the middle of a request
     ahead.give_back_soon()
-    hello = ipc.Hello(session.inputs, session.outputs, session.provider, session.load_ms, session.warm, confinement)
-    serve.serve(listener, session, hello)
+    serve.serve(listener, serve.Worker(session, confinement=confinement))
+
+
+def _load_of(warmup: str, state: str) -> ipc.Load:
+    """Raises codec.Malformed."""
+    return ipc.Load(codec.decode(warmup.encode(), list[WarmupTensor]), codec.decode(state.encode(), list[StateTensor]))
 
 
 def _failed(reason: str) -> int:

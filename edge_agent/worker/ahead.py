@@ -6,7 +6,10 @@ are set up or read from disk when they are first used. In a sandbox whose kernel
 
 import contextlib
 import ctypes
+import fcntl
 import math
+import mmap
+import os
 import socket
 import threading
 from pathlib import Path
@@ -51,21 +54,32 @@ def _fill_heap() -> None:
 
 def _serve_once() -> None:
     """Load a small model and answer one call on a connection, as the real one will: what is used for the first time is used here."""
-    session = Session(SMALL_MODEL, threads=1, warmup=[])
-    content = bytes(4 * math.prod(INPUT_SHAPE))
-    call = ipc.Call(1, [ipc.TensorHead("x", "FP32", INPUT_SHAPE, len(content))])
+    worker = serve.Worker(Session(SMALL_MODEL, threads=1, warmup=[]))
+    size = 4 * math.prod(INPUT_SHAPE)
+    call = ipc.Call(1, [ipc.TensorHead("x", "FP32", INPUT_SHAPE, size, at=0)], room=ipc.Room(mmap.PAGESIZE, mmap.PAGESIZE))
     ours, its = socket.socketpair()
     with ours:
         ours.settimeout(SERVE_ONCE_WITHIN_S)
-        slots = threading.Semaphore()
-        hello = ipc.Hello(session.inputs, session.outputs, session.provider)
-        server = threading.Thread(target=serve.serve_connection, args=(its, session, hello, slots), daemon=True)
+        server = threading.Thread(target=serve.serve_connection, args=(its, worker, threading.Semaphore()), daemon=True)
         server.start()
-        ours.sendall(b"".join(ipc.frame(call, [content])))
+        memory = _memory(2 * mmap.PAGESIZE)
+        try:
+            socket.send_fds(ours, ipc.frame(ipc.Attach(2 * mmap.PAGESIZE), []), [memory])
+        finally:
+            os.close(memory)
+        ours.sendall(b"".join(ipc.frame(ipc.Batch([call]), [])))
         ours.shutdown(socket.SHUT_WR)
         while ours.recv(frames.RECEIVE_BYTES):
             pass
         server.join()
+
+
+def _memory(size_bytes: int) -> int:
+    """A descriptor of memory as a gateway makes it."""
+    descriptor = os.memfd_create("ahead", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size_bytes)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return descriptor
 
 
 def give_back_soon() -> None:

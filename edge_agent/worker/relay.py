@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-import msgspec
-
 from edge_agent.worker.frames import MAX_CONNECTIONS, BodyTooLarge, Reader, listen, send
 from edge_agent.worker.upstream import Refused, Server, ServerFailed, Upstream
 from skerry.wire import codec, ipc, oip
@@ -45,18 +43,36 @@ def main() -> None:
     serve(listen(arguments.socket), server, hello, binary=served.binary)
 
 
-def answer(upstream: Upstream, header: memoryview, body: memoryview) -> tuple[ipc.Answer, list[oip.Bytes]]:
-    """One call, carried to the server and back. Whatever the server does becomes an answer. Raises codec.Malformed for what is no call."""
-    call = ipc.parse_header(header, ipc.Call)
+def answer(upstream: Upstream, header: memoryview, body: memoryview) -> tuple[ipc.Answers, list[oip.Bytes]]:
+    """A batch, carried to the server call by call and back. Whatever the server does becomes an answer. Raises codec.Malformed for what is
+    no batch."""
+    calls, offset = [], 0
+    for call in ipc.parse_header(header, ipc.Batch).calls:
+        tensors, offset = ipc.tensors_of(call.inputs, body, offset, None)
+        calls.append((call, tensors))
+    ipc.check_end(body, offset)
+    answers, parts, left_bytes = [], [], upstream.most_bytes
+    for call, tensors in calls:
+        said, outputs = _answer_one(upstream, call, tensors)
+        left_bytes -= sum(len(output.data) for output in outputs)
+        if left_bytes < 0 and len(calls) > 1:
+            said = ipc.Answer(call.call, error=f"the answers to one batch have more than the {upstream.most_bytes} bytes that are taken")
+        else:
+            parts += [output.data for output in outputs]
+        answers.append(said)
+    return ipc.Answers(answers), parts
+
+
+def _answer_one(upstream: Upstream, call: ipc.Call, tensors: list[oip.Tensor]) -> tuple[ipc.Answer, list[oip.Tensor]]:
     started = time.perf_counter_ns()
     try:
-        outputs = upstream.infer(ipc.tensors_of(call.inputs, body), call.outputs)
-    except (Refused, codec.Malformed) as exc:
+        outputs = upstream.infer(tensors, call.outputs)
+    except Refused as exc:
         return ipc.Answer(call.call, error=str(exc), refused=True), []
     except ServerFailed as exc:
         return ipc.Answer(call.call, error=str(exc)), []
     compute_us = (time.perf_counter_ns() - started) // 1000
-    return ipc.Answer(call.call, ipc.heads_of(outputs), compute_us), [output.data for output in outputs]
+    return ipc.Answer(call.call, ipc.heads_of(outputs), compute_us), outputs
 
 
 def _serve_connection(connection: socket.socket, upstream: Upstream, hello: ipc.Hello, slots: threading.Semaphore) -> None:
@@ -68,13 +84,13 @@ def _serve_connection(connection: socket.socket, upstream: Upstream, hello: ipc.
                 try:
                     frame = reader.frame()
                 except BodyTooLarge as exc:
-                    call = msgspec.json.decode(exc.header, type=ipc.Call).call
-                    send(connection, ipc.Answer(call, error=f"inputs: {exc}", refused=True), [])
+                    calls = ipc.parse_header(exc.header, ipc.Batch).calls
+                    send(connection, ipc.Answers([ipc.Answer(c.call, error=f"inputs: {exc}", refused=True) for c in calls]), [])
                     continue
                 if frame is None:
                     return
                 send(connection, *answer(upstream, *frame))
-    except (OSError, codec.Malformed, msgspec.DecodeError, MemoryError):
+    except (OSError, codec.Malformed, MemoryError):
         return  # the peer went away or does not speak our protocol; its connection alone ends
     finally:
         slots.release()

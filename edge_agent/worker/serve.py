@@ -1,42 +1,85 @@
-"""The worker's socket: frames in, frames out. One thread a connection; ONNX Runtime lets go of the interpreter while it computes."""
+"""The worker's socket: frames in, frames out. One thread a connection, which reads the next frame when the last one is answered."""
 
 import contextlib
+import os
 import socket
 import threading
-import time
 from pathlib import Path
 
+import msgspec
+
+from edge_agent.worker.calls import Calls
 from edge_agent.worker.frames import MAX_CONNECTIONS, Reader, listen, send
-from edge_agent.worker.session import Refused, Session
-from skerry.wire import codec, ipc, oip
+from edge_agent.worker.memory import CantMap, Memory, attach
+from edge_agent.worker.session import Session
+from skerry.wire import codec, ipc
 
 CONTROL_TIMEOUT_S = 5.0
 
 
-def _answer(session: Session, call: ipc.Call, body: memoryview) -> tuple[ipc.Answer, list[oip.Bytes]]:
-    started = time.perf_counter_ns()
+class Worker:
+    """What all connections share: the calls' desk, and what each connection is told first."""
+
+    def __init__(self, session: Session, *, confinement: str = "") -> None:
+        self.calls = Calls(session)
+        self.hello = ipc.Hello(
+            session.inputs,
+            session.outputs,
+            session.provider,
+            session.load_ms,
+            session.warm,
+            confinement,
+            shares_memory=True,
+            batches=session.batches,
+            state=session.state,
+        )
+
+    def attach(self, header: memoryview, body: memoryview, descriptors: list[int]) -> Memory:
+        """The memory that a connection's first frame came with. Raises codec.Malformed; where it is this kernel that does not map it, the
+        next connection is told so."""
+        if len(descriptors) != 1 or len(body):
+            raise codec.Malformed(f"attach: {len(descriptors)} descriptors and a body of {len(body)} bytes, one descriptor is expected")
+        try:
+            return attach(descriptors[0], ipc.parse_header(header, ipc.Attach).size_bytes)
+        except CantMap as exc:
+            self.hello = msgspec.structs.replace(self.hello, shares_memory=False)
+            raise codec.Malformed(f"attach: {exc}") from exc
+
+
+def _first(reader: Reader, worker: Worker) -> tuple[tuple[memoryview, memoryview] | None, Memory | None]:
+    """The first frame with calls, and the memory that was attached before it, if any."""
     try:
-        outputs = session.run(ipc.tensors_of(call.inputs, body), call.outputs)
-    except (Refused, codec.Malformed) as exc:
-        return ipc.Answer(call.call, error=str(exc), refused=True), []
-    except Exception as exc:  # noqa: BLE001 - whatever a model does in its run must become an answer, not a silent socket
-        return ipc.Answer(call.call, error=f"{type(exc).__name__}: {str(exc)[:500]}"), []
-    compute_us = (time.perf_counter_ns() - started) // 1000
-    return ipc.Answer(call.call, ipc.heads_of(outputs), compute_us), [output.data for output in outputs]
+        frame = reader.first()
+        if frame is None or not reader.descriptors:
+            return frame, None
+        memory = worker.attach(*frame, reader.descriptors)
+    finally:
+        for descriptor in reader.descriptors:
+            os.close(descriptor)
+        reader.descriptors.clear()
+    try:
+        return reader.frame(), memory
+    except (OSError, codec.Malformed, MemoryError):
+        memory.close()
+        raise
 
 
-def serve_connection(connection: socket.socket, session: Session, hello: ipc.Hello, slots: threading.Semaphore) -> None:
-    """Answer calls until the peer hangs up; frees a place in ``slots`` then."""
+def serve_connection(connection: socket.socket, worker: Worker, slots: threading.Semaphore) -> None:
+    """Answer batches, in their order, until the peer hangs up; frees a place in ``slots`` then."""
+    memory: Memory | None = None
     try:
         with connection:
-            send(connection, hello, [])
+            send(connection, worker.hello, [])
             reader = Reader(connection)
-            while (frame := reader.frame()) is not None:
-                header, body = frame
-                send(connection, *_answer(session, ipc.parse_header(header, ipc.Call), body))
+            frame, memory = _first(reader, worker)
+            while frame is not None:
+                send(connection, *worker.calls.answer(*frame, memory))
+                frame = reader.frame()
     except (OSError, codec.Malformed, MemoryError):
         return  # the peer went away or does not speak our protocol; its connection alone ends
     finally:
+        if memory is not None:
+            memory.close()
         slots.release()
 
 
@@ -54,11 +97,11 @@ def wait_for_load(path: Path) -> ipc.Load:
                     return load
 
 
-def serve(listener: socket.socket, session: Session, hello: ipc.Hello) -> None:
+def serve(listener: socket.socket, worker: Worker) -> None:
     """Accept connections for ever."""
     slots = threading.Semaphore(MAX_CONNECTIONS)
     with listener:
         while True:
             slots.acquire()
             connection, _ = listener.accept()
-            threading.Thread(target=serve_connection, args=(connection, session, hello, slots), daemon=True).start()
+            threading.Thread(target=serve_connection, args=(connection, worker, slots), daemon=True).start()

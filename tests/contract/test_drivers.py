@@ -169,9 +169,9 @@ class Client:
     async def doubled(self, *values: float) -> tuple[float, ...]:
         body = struct.pack("<3f", *values)
         call = ipc.Call(1, [ipc.TensorHead("x", "FP32", (1, 3), len(body))])
-        self.writer.writelines(ipc.frame(call, [body]))
+        self.writer.writelines(ipc.frame(ipc.Batch([call]), [body]))
         header, answer_body = await self.frame()
-        answer = ipc.parse_header(header, ipc.Answer)
+        (answer,) = ipc.parse_header(header, ipc.Answers).answers
         assert answer.error == ""
         assert [(head.name, head.shape) for head in answer.outputs] == [("y", (1, 3))]
         return struct.unpack("<3f", answer_body)

@@ -284,9 +284,10 @@ class Caller:
     async def ask(self, *x: float) -> tuple[float, ...]:
         """What the model makes of three numbers. Raises OSError or IncompleteReadError where the connection ends."""
         body = struct.pack("<3f", *x)
-        self._writer.writelines(ipc.frame(ipc.Call(1, [ipc.TensorHead("x", "FP32", (1, 3), len(body))]), [body]))
+        call = ipc.Call(1, [ipc.TensorHead("x", "FP32", (1, 3), len(body))])
+        self._writer.writelines(ipc.frame(ipc.Batch([call]), [body]))
         header, answer = await self._frame()
-        assert ipc.parse_header(header, ipc.Answer).error == ""
+        assert [answer.error for answer in ipc.parse_header(header, ipc.Answers).answers] == [""]
         return struct.unpack("<3f", answer)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from tests.conftest import need
 from tests.contract.test_drivers import Kit, absence, spec_of, wait_ready
 from tests.integration.models_of_many_kinds import KINDS, tensor_of
 from tests.integration.test_worker import Client
+from tests.integration.test_worker_memory import share
 from tests.nobody import ROOT
 
 CATALOGUE = ROOT / "models"
@@ -97,7 +99,7 @@ def scale(start, scale_model) -> Worker:
 def doubled(client: Client, array: np.ndarray) -> np.ndarray:
     answer, body = client.call([tensor_of("x", array)])
     assert answer.error == ""
-    (output,) = ipc.tensors_of(answer.outputs, memoryview(body))
+    (output,), _ = ipc.tensors_of(answer.outputs, memoryview(body), 0, None)
     return np.frombuffer(output.data, "<f4").reshape(output.shape)
 
 
@@ -117,7 +119,7 @@ def assert_answered(worker: Worker, tensors: list[oip.Tensor], expected: list[oi
         for _ in range(2):
             answer, body = client.call(tensors)
             assert answer.error == ""
-            outputs = ipc.tensors_of(answer.outputs, memoryview(body))
+            outputs, _ = ipc.tensors_of(answer.outputs, memoryview(body), 0, None)
             assert len(outputs) == len(expected)
             for got, want in zip(outputs, expected, strict=True):
                 assert_same(got, want)
@@ -339,17 +341,51 @@ def test_a_filter_that_one_thread_does_not_get_is_said_and_not_taken_for_one():
     assert re.fullmatch(r"failed: seccomp: thread \d+ has a filter of its own", ran.stdout)
 
 
-def test_what_a_connection_sends_of_descriptors_is_not_taken(scale):
-    """A gateway that was taken over hands in a descriptor: the worker reads without a place for one, so the kernel drops it."""
-    import socket
-
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_a_connection_sends_of_descriptors_is_not_kept(scale, is_first):
+    """A gateway that was taken over hands in a descriptor: with its first frame that ends the connection, unless it is memory to be shared.
+    Later ones find no place where they are read, so the kernel drops them."""
     client = scale.client()
+    frame = b"".join(ipc.frame(ipc.Batch([ipc.Call(1, [ipc.TensorHead("x", "FP32", (1, 3), 12)])]), [bytes(12)]))
+    if not is_first:
+        doubled(client, np.ones((1, 3), np.float32))
     with (ROOT / "pyproject.toml").open("rb") as file:
-        parts = ipc.frame(ipc.Call(1, [ipc.TensorHead("x", "FP32", (1, 3), 12)]), [bytes(12)])
-        socket.send_fds(client.socket, [bytes(b"".join(parts))], [file.fileno()])
-        header, _ = client.frame()
-        assert ipc.parse_header(header, ipc.Answer).error == ""
+        socket.send_fds(client.socket, [frame], [file.fileno()])
+    if is_first:
+        assert client.stream.read(1) == b""
+    else:
+        assert ipc.parse_header(client.frame()[0], ipc.Answers).answers[0].error == ""
     deadline = time.monotonic() + 5
     while any(str(d.readlink()).endswith("pyproject.toml") for d in Path(f"/proc/{scale.pid()}/fd").iterdir()):
         assert time.monotonic() < deadline
     client.close()
+
+
+@pytest.mark.parametrize("kind", ["bubblewrap", "docker", "gvisor"])
+def test_memory_that_is_shared_is_the_same_memory_on_every_rung(tmp_path, scale_model, kind):
+    need(kind, absence(kind))
+    kit, spec = Kit(kind, tmp_path / "run"), spec_of(tmp_path, scale_model)
+
+    async def scene() -> None:
+        driver = kit.make()
+        await driver.start(spec)
+        await wait_ready(driver, spec)
+        for _ in range(2):  # the next connection has memory of its own
+            client = Client(spec.socket_dir / "worker.sock")
+            assert client.hello.shares_memory
+            ask_in_memory(client)
+            client.close()
+
+    kit.play(scene)
+
+
+def ask_in_memory(client: Client) -> None:
+    """Many calls through the same few pages, each with other numbers: small outputs copied there, large ones written there."""
+    memory = share(client, 2**20)
+    for number, rows in enumerate([1, 1000, 20_000] * 30):
+        size = 12 * rows
+        memory[:size] = np.full(3 * rows, number, "<f4").tobytes()
+        call = ipc.Call(1, [ipc.TensorHead("x", "FP32", (rows, 3), size, at=0)], room=ipc.Room(2**19, 2**19))
+        (answer,), body = client.batch([call])
+        (output,), _ = ipc.tensors_of(answer.outputs, memoryview(body), 0, memory)
+        assert np.array_equal(np.frombuffer(output.data, "<f4"), np.full(3 * rows, 2 * number))

@@ -295,6 +295,45 @@ def test_more_than_the_relays_memory_bears_is_refused_and_the_next_call_is_answe
     assert len(plan.seen) == 1
 
 
+def test_the_calls_of_a_batch_go_to_the_server_one_after_the_other(script, tmp_path):
+    plan, port = script
+    with connected(tmp_path, port) as client:
+        assert (client.hello.shares_memory, client.hello.batches) == (False, False)
+        wrong = oip.Tensor("x", "FP16", (1,), b"\0\0")
+        calls = [ipc.Call(number, ipc.heads_of([given])) for number, given in enumerate([X, wrong, X])]
+        answers, body = client.batch(calls, [X.data, wrong.data, X.data])
+    assert [(answer.call, answer.refused, answer.batch) for answer in answers] == [(0, False, 1), (1, True, 1), (2, False, 1)]
+    assert np.frombuffer(body, "<f4").tolist() == [2, 4, 6, 2, 4, 6]
+    assert len(plan.seen) == 2
+
+
+def test_the_answers_to_one_batch_have_together_no_more_than_the_relay_bears(script, tmp_path):
+    plan, port = script
+    plan.about["extensions"] = ["binary_tensor_data"]
+    row = oip.Tensor("x", "FP32", (1, 3), bytes(12))
+    large = oip.Tensor("y", "FP32", (MEMORY_BYTES // 8 // 20, 3), bytes(12 * (MEMORY_BYTES // 8 // 20)))
+
+    def swell(handler: Handler, body: bytes) -> None:
+        request = oip.parse_infer(body, handler.headers.get(oip.HEADER_LENGTH))
+        answer = oip.render_infer(request, [large], model_name="m", model_version="1", parameters={})
+        length = {oip.HEADER_LENGTH.replace("-", "_"): str(answer.header_length)}
+        handler.reply(b"".join(bytes(part) for part in answer.parts), **length)
+
+    plan.infer = swell
+    with connected(tmp_path, port) as client:
+        answers, body = client.batch([ipc.Call(number, ipc.heads_of([row])) for number in range(3)], [row.data] * 3)
+        assert len(body) == len(large.data)
+        assert answers[0].error == ""
+        assert all("the answers to one batch have more than" in answer.error for answer in answers[1:])
+
+
+def test_a_tensor_in_memory_that_was_never_shared_ends_the_connection(script, tmp_path):
+    _, port = script
+    with connected(tmp_path, port) as client:
+        client.send([ipc.Call(1, [ipc.TensorHead("x", "FP32", (1, 3), 12, 0)])])
+        assert client.stream.read(1) == b""
+
+
 def test_a_datatype_without_a_json_form_is_refused_where_the_server_takes_json_alone(script, tmp_path):
     _, port = script
     with connected(tmp_path, port) as client:

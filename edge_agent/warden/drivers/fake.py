@@ -41,12 +41,20 @@ HELLO = ipc.Hello(
 )
 
 
-def answer_of(call: ipc.Call, body: memoryview) -> tuple[ipc.Answer, list[oip.Bytes]]:
+def answers_of(batch: ipc.Batch, body: memoryview) -> tuple[ipc.Answers, list[oip.Bytes]]:
+    """The answers to a frame's calls. Raises codec.Malformed where their tensors do not lie in ``body``."""
+    offset, answers, parts = 0, [], list[oip.Bytes]()
+    for call in batch.calls:
+        tensors, offset = ipc.tensors_of(call.inputs, body, offset, None)
+        answer, data = answer_of(call, tensors)
+        answers.append(answer)
+        parts += data
+    ipc.check_end(body, offset)
+    return ipc.Answers(answers), parts
+
+
+def answer_of(call: ipc.Call, tensors: list[oip.Tensor]) -> tuple[ipc.Answer, list[oip.Bytes]]:
     """What the fake model says to ``call``: doubled, or refused in a worker's words."""
-    try:
-        tensors = ipc.tensors_of(call.inputs, body)
-    except codec.Malformed as exc:
-        return ipc.Answer(call.call, error=str(exc), refused=True), []
     if [tensor.name for tensor in tensors] != ["x"]:
         names = sorted(tensor.name[:80] for tensor in tensors)
         return ipc.Answer(call.call, error=f"inputs: this model takes ['x'], got {names}", refused=True), []
@@ -158,7 +166,7 @@ class FakeSandbox:
                 header_bytes, body_bytes = ipc.parse_prefix(await reader.readexactly(ipc.PREFIX.size))
                 header, body = await reader.readexactly(header_bytes), await reader.readexactly(body_bytes)
                 self.calls += 1
-                writer.writelines(ipc.frame(*answer_of(ipc.parse_header(header, ipc.Call), memoryview(body))))
+                writer.writelines(ipc.frame(*answers_of(ipc.parse_header(header, ipc.Batch), memoryview(body))))
                 await writer.drain()
         except (OSError, asyncio.IncompleteReadError, codec.Malformed):
             pass  # the peer went away or does not speak our protocol; its connection alone ends

@@ -5,12 +5,13 @@ No image is pulled or built: a sandbox runs the very interpreter, ONNX Runtime a
 
 import compileall
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from edge_agent.warden.ports import MODEL_DIR, MODEL_FILE, SOCKET_DIR, SOCKET_NAME
-from skerry.wire.messages import WarmupTensor
+from skerry.wire.messages import StateTensor, WarmupTensor
 
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d")
 _OURS = Path(__file__).resolve().parents[3]
@@ -65,6 +66,7 @@ def worker_argv(cpus: float, *, interpreter: str = sys.executable) -> list[str]:
     ]
 
 
-def with_model(argv: list[str], warmup: list[WarmupTensor]) -> list[str]:
+def with_model(argv: list[str], warmup: list[WarmupTensor], state: Sequence[StateTensor] = ()) -> list[str]:
     """The same for a worker that loads the model in its model directory at once."""
-    return [*argv, "--model", f"{MODEL_DIR}/{MODEL_FILE}", "--warmup", msgspec.json.encode(warmup).decode()]
+    said = ("--warmup", msgspec.json.encode(warmup).decode(), "--state", msgspec.json.encode(state).decode())
+    return [*argv, "--model", f"{MODEL_DIR}/{MODEL_FILE}", *said]

@@ -1,64 +1,118 @@
 """The gateway put together."""
 
 import asyncio
-import os
 
-from aiohttp import web
-
-from edge_agent.gateway import routes
-from edge_agent.gateway.app import Endpoints, make_app
+from edge_agent.gateway import http, listen, processes
+from edge_agent.gateway.app import Api
+from edge_agent.gateway.books import Books
+from edge_agent.gateway.budget import Budgets
 from edge_agent.gateway.config import Config
+from edge_agent.gateway.facts import Facts
 from edge_agent.gateway.ledger import Ledger
+from edge_agent.gateway.listen import Front, Remote, Sockets
+from edge_agent.gateway.processes import Place
+from edge_agent.gateway.regions import Regions
+from edge_agent.gateway.routes import Follower
+from edge_agent.gateway.samples import Samples
 from edge_agent.gateway.service import Service
+from edge_agent.gateway.tls import Certificates
 from edge_agent.gateway.upstream import Upstreams
-from skerry.runtime import lifecycle, log, sdnotify, settings
+from skerry.runtime import lifecycle, log, sdnotify
+from skerry.wire import oip
 from skerry.wire.box import RouteTable
 
 logger = log.get("gateway")
 
 SHUTDOWN_S = 5.0
-READ_BUFFER_BYTES = 4 * 1024 * 1024
-"""A body of this size is read without stopping in between."""
+"""For requests that are under way when the gateway is told to stop."""
+SWEEP_S = 0.25
+"""How often counts are put on the board, and how often it is looked at what no request would look at."""
+RENEW_S = 2.0
+"""How often it is looked whether certificates were replaced."""
 
 
-async def main(config: Config, stop: asyncio.Event) -> None:
+def before_loop(config: Config) -> dict[str, object]:
+    """Become as many processes as are wanted, while there is neither a thread nor an event loop."""
+    sockets = listen.before_fork(config)
+    return {"place": processes.split(config.processes), "sockets": sockets}
+
+
+async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: Sockets) -> None:
     """Serve until ``stop`` is set; requests under way then get SHUTDOWN_S to end."""
-    host, port = settings.split_listen(config.listen)
-    ledger = Ledger(config.node, config.tier)
-    async with Upstreams(node=config.node, proxy=config.upstream_proxy, limit=config.upstream_limit) as upstreams:
-        service = Service(node=config.node, tier=config.tier, upstreams=upstreams, ledger=ledger, queue_limit=config.queue_limit)
-        endpoints = Endpoints(service, ledger, node=config.node, tier=config.tier)
-        public, private = (
-            web.AppRunner(
-                make_app(endpoints, body_limit_bytes=config.body_limit_bytes, for_agent=for_agent),
-                access_log=None,
-                shutdown_timeout=SHUTDOWN_S,
-                keepalive_timeout=75,
-                read_bufsize=READ_BUFFER_BYTES,
+    certificates = Certificates(config.tls) if config.tls is not None else None
+    ledger, samples, budgets = (
+        Ledger(config.node, config.tier),
+        Samples(),
+        Budgets(config.budget_file or config.socket.with_name("cloud_budget.json")),
+    )
+    books = Books(place, ledger, samples)
+    books.resume()
+    async with Upstreams(
+        node=config.node,
+        proxy=config.upstream_proxy,
+        limit=place.share(config.upstream_limit),
+        answer_limit_bytes=config.body_limit_bytes,
+    ) as upstreams:
+        follower = Follower(config.routes_file)
+        service = Service(
+            node=config.node, tier=config.tier, upstreams=upstreams, ledger=ledger, budgets=budgets, samples=samples,
+            queue_limit=place.share(config.queue_limit), arena_bytes=place.share(config.replica_memory_bytes), look=follower.look,
+        )  # fmt: skip
+        follower.use = service.update
+        extensions = [*oip.EXTENSIONS, *([oip.SHARED_MEMORY_EXTENSION] if config.shared_memory else [])]
+        facts = Facts(service, node=config.node, tier=config.tier, extensions=extensions, accounts=books.accounts)
+        regions = Regions(most_bytes=config.body_limit_bytes) if config.shared_memory else None
+
+        def served(*, for_agent: bool) -> http.Server:
+            api = Api(
+                service,
+                facts,
+                regions=regions,
+                body_limit_bytes=config.body_limit_bytes,
+                for_agent=for_agent,
+                books=books,
             )
-            for for_agent in (False, True)
-        )
+            return http.Server(
+                api, body_limit_bytes=config.body_limit_bytes, memory_limit_bytes=place.share(config.bodies_limit_bytes),
+                connection_limit=place.share(config.connection_limit),
+            )  # fmt: skip
+
+        public, private = served(for_agent=False), served(for_agent=True)
+        front, remote, over = Front(config, place, sockets, certificates), Remote(config, place, certificates), asyncio.Event()
         try:
-            await public.setup()
-            await private.setup()
-            await web.TCPSite(public, host, port, reuse_port=None).start()
-            await _listen_privately(config, private)
-            logger.info("gateway.up", listen=config.listen)
+            await remote.open(service, facts, regions)
+            await front.open(public, private)
+            follower.look()
+            logger.info("gateway.up", listen=config.listen, process=place.number)
             sdnotify.notify("READY=1")
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(routes.follow(config.routes_file, service.update, stop), name="gateway.routes")
-                tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="gateway.watchdog")
+                tasks.create_task(follower.follow(over), name="gateway.routes")
+                tasks.create_task(public.sweep(over), name="gateway.sweep")
+                tasks.create_task(private.sweep(over), name="gateway.sweep_private")
+                tasks.create_task(_keep_books(books, service, place, over), name="gateway.books")
+                if certificates is not None:
+                    tasks.create_task(_renew(front, stop), name="gateway.certificates")
+                tasks.create_task(lifecycle.feed_watchdog(over, lambda: True), name="gateway.watchdog")
+                await stop.wait()
+                front.close()
+                await asyncio.gather(public.drain(SHUTDOWN_S), private.drain(SHUTDOWN_S), remote.stop(SHUTDOWN_S))
+                over.set()
         finally:
-            await public.cleanup()
-            await private.cleanup()
+            front.close()
+            await remote.stop(0)
+            books.write()
             service.update(RouteTable())
 
 
-async def _listen_privately(config: Config, runner: web.AppRunner) -> None:
-    """The socket of this box's programs, swapped in whole so that whoever sees it can connect."""
-    config.socket.parent.mkdir(parents=True, exist_ok=True)
-    staging = config.socket.with_name(f".{config.socket.name}.new")
-    staging.unlink(missing_ok=True)
-    await web.UnixSite(runner, str(staging)).start()
-    os.chmod(staging, 0o660)  # noqa: PTH101 - the group is the programs of this box
-    staging.rename(config.socket)
+async def _keep_books(books: Books, service: Service, place: Place, over: asyncio.Event) -> None:
+    while True:
+        service.sweep()
+        books.write()
+        place.beat()
+        if await lifecycle.sleep_until(over, SWEEP_S):
+            return
+
+
+async def _renew(front: Front, stop: asyncio.Event) -> None:
+    while not await lifecycle.sleep_until(stop, RENEW_S):
+        await front.renew()

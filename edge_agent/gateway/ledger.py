@@ -1,60 +1,182 @@
 """What the gateway has answered: counters by deployment, for the agent, for Prometheus and for Triton's statistics call."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from skerry.wire import latency
-from skerry.wire.box import GatewayTotals, ServeTotals
+from skerry.wire.box import GatewayTotals, Routed, ServeTotals
 from skerry.wire.messages import Tier
 
-BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ServedBy = Literal["edge", "peer", "cloud"]
+Reason = Literal["REJECTED", "CANCELED", "BACKEND", "OTHER"]
+"""Why a request got no answer, in Triton's words: nobody could in time, nobody waited any more, the replica failed, anything else."""
+REASONS: tuple[Reason, ...] = get_args(Reason)
+MOST_EXACT_ROWS = 64
+"""Larger runs are counted at the power of two below: how many rows a request has is its caller's to choose, and each size is kept."""
+NS_PER_MS = 1_000_000
+
+
+class Runs(msgspec.Struct):
+    """Runs of a model with one number of rows: how many, and how long they took in all."""
+
+    count: int = 0
+    compute_ns: int = 0
 
 
 class Account(msgspec.Struct):
-    """One deployment's counters since the gateway started; sums in milliseconds."""
+    """One deployment's counters since the gateway started. Whole numbers all of them, so that several processes' are added up exactly.
+
+    ``queue_ns``, ``input_ns``, ``compute_ns`` and ``output_ns`` are sums over the ``computed`` requests that replicas of this box answered,
+    ``rows`` is what these held; ``runs`` counts what the replicas ran, once for all requests that shared a run, by its rows.
+    ``late`` counts answers past their deadline, ``hedged`` requests that ran here because an answer from elsewhere was overdue, ``retried``
+    tries after the first, ``shed`` what was refused in favour of more urgent requests; ``waiting`` and ``slots`` are of now.
+    """
 
     model: str
     version: int
     edge: int = 0
     peer: int = 0
     cloud: int = 0
-    refused: int = 0
-    failed: int = 0
-    late: int = 0
+    total_ns: int = 0
     latency: dict[int, int] = {}
-    total_ms: float = 0.0
-    queue_ms: float = 0.0
-    compute_ms: float = 0.0
+    failures: dict[Reason, int] = {}
+    failures_ns: int = 0
     computed: int = 0
+    rows: int = 0
+    queue_ns: int = 0
+    input_ns: int = 0
+    compute_ns: int = 0
+    output_ns: int = 0
+    runs: dict[int, Runs] = {}
+    runs_rows: int = 0
     last_at_ms: int = 0
-    slots: int = 0
+    late: int = 0
+    hedged: int = 0
+    retried: int = 0
+    shed: int = 0
     waiting: int = 0
+    slots: int = 0
 
     @property
     def answered(self) -> int:
         """Requests that got an answer."""
         return self.edge + self.peer + self.cloud
 
-    def served(self, by: str, total_ms: float) -> None:
-        """Count an answer by ``edge``, ``peer`` or ``cloud``."""
-        setattr(self, by, getattr(self, by) + 1)
-        self.total_ms += total_ms
-        self.last_at_ms = time.time_ns() // 1_000_000
+    @property
+    def unanswered(self) -> int:
+        """Requests that got none."""
+        return sum(self.failures.values())
+
+    @property
+    def executions(self) -> int:
+        """Runs of the model on this box."""
+        return sum(runs.count for runs in self.runs.values())
+
+    @property
+    def executed_ns(self) -> int:
+        """How long these took."""
+        return sum(runs.compute_ns for runs in self.runs.values())
+
+    def served(
+        self,
+        by: ServedBy,
+        *,
+        total_ms: float,
+        at_ms: int,
+        rows: int = 0,
+        queue_ms: float = 0.0,
+        compute_ms: float = 0.0,
+        input_ms: float = 0.0,
+        output_ms: float = 0.0,
+    ) -> None:
+        """Count an answer, given at ``at_ms`` (wall clock). ``rows`` is what a replica of this box computed for it, 0 where none did."""
+        if by == "edge":
+            self.edge += 1
+        elif by == "peer":
+            self.peer += 1
+        else:
+            self.cloud += 1
+        self.total_ns += round(total_ms * NS_PER_MS)
         bucket = latency.bucket_of(total_ms)
         self.latency[bucket] = self.latency.get(bucket, 0) + 1
+        self.last_at_ms = max(self.last_at_ms, at_ms)
+        if rows:
+            self.computed += 1
+            self.rows += rows
+            self.queue_ns += round(queue_ms * NS_PER_MS)
+            self.input_ns += round(input_ms * NS_PER_MS)
+            self.compute_ns += round(compute_ms * NS_PER_MS)
+            self.output_ns += round(output_ms * NS_PER_MS)
+
+    def ran(self, rows: int, compute_ms: float) -> None:
+        """Count one run of the model on this box, whoever shared it and whatever became of their requests."""
+        size = rows if rows <= MOST_EXACT_ROWS else 1 << (rows.bit_length() - 1)
+        runs = self.runs.get(size)
+        if runs is None:
+            runs = self.runs[size] = Runs()
+        runs.count += 1
+        runs.compute_ns += round(compute_ms * NS_PER_MS)
+        self.runs_rows += rows
+
+    def made_way(self) -> None:
+        """Count one that had to leave the queue for a more urgent one."""
+        self.shed += 1
+
+    def refused(self, total_ms: float) -> None:
+        """Count a request that nobody could answer in time."""
+        self.failed("REJECTED", total_ms)
+
+    def cancelled(self, total_ms: float) -> None:
+        """Count a request whose caller went away."""
+        self.failed("CANCELED", total_ms)
+
+    def failed(self, reason: Reason, total_ms: float) -> None:
+        """Count a request that got no answer."""
+        self.failures[reason] = self.failures.get(reason, 0) + 1
+        self.failures_ns += round(total_ms * NS_PER_MS)
 
 
-class Ledger(Collector):
-    """Every deployment's account; collects itself for Prometheus when asked."""
+_NOT_SUMMED = {"model", "version", "latency", "failures", "runs", "last_at_ms", "slots"}
+_SUMMED = [name for name in Account.__struct_fields__ if name not in _NOT_SUMMED]
+
+
+def merged(accounts: Sequence[Account]) -> Account:
+    """The sum of one or more accounts, as of one deployment's in several processes. ``slots`` is what each of them sees, and the same."""
+    total = Account(accounts[0].model, accounts[0].version)
+    for name in _SUMMED:
+        setattr(total, name, sum(getattr(account, name) for account in accounts))
+    total.latency = latency.merged(account.latency for account in accounts)
+    total.last_at_ms = max(account.last_at_ms for account in accounts)
+    total.slots = max(account.slots for account in accounts)
+    for account in accounts:
+        for reason, count in account.failures.items():
+            total.failures[reason] = total.failures.get(reason, 0) + count
+        for rows, runs in account.runs.items():
+            held = total.runs.setdefault(rows, Runs())
+            held.count += runs.count
+            held.compute_ns += runs.compute_ns
+    return total
+
+
+def merged_by_name(processes: Iterable[Mapping[str, Account]]) -> dict[str, Account]:
+    """The accounts of several processes, by deployment."""
+    found: dict[str, list[Account]] = {}
+    for accounts in processes:
+        for name, account in accounts.items():
+            found.setdefault(name, []).append(account)
+    return {name: merged(accounts) for name, accounts in found.items()}
+
+
+class Ledger:
+    """Every deployment's account in this process. ``started_at_ms`` is when it began to count, on the wall clock."""
 
     def __init__(self, node: str, tier: Tier) -> None:
         self._node = node
         self._tier: Tier = tier
-        self._started_at_ms = time.time_ns() // 1_000_000
+        self.started_at_ms = time.time_ns() // 1_000_000
         self.accounts: dict[str, Account] = {}
 
     def account(self, deployment: str, model: str, version: int) -> Account:
@@ -65,39 +187,28 @@ class Ledger(Collector):
         found.model, found.version = model, version
         return found
 
-    def totals(self) -> GatewayTotals:
-        """What the agent is told."""
+    def totals(
+        self, accounts: Mapping[str, Account] | None = None, *, started_at_ms: int | None = None, routed: Sequence[Routed] = ()
+    ) -> GatewayTotals:
+        """What the agent is told: of ``accounts``, the sum of several processes that count since ``started_at_ms``, else of this one's."""
         return GatewayTotals(
-            self._started_at_ms,
+            self.started_at_ms if started_at_ms is None else started_at_ms,
             self._node,
             self._tier,
-            [
-                ServeTotals(name, a.edge, a.peer, a.cloud, a.refused, a.failed, a.late, dict(a.latency))
-                for name, a in sorted(self.accounts.items())
-            ],
+            [_told(name, account) for name, account in sorted((self.accounts if accounts is None else accounts).items())],
+            list(routed),
         )
 
-    def collect(self) -> Iterator[Metric]:
-        """See prometheus_client."""
-        labels = ["deployment", "model", "version"]
-        answers = CounterMetricFamily("skerry_requests", "Requests, by who answered them.", labels=[*labels, "outcome"])
-        slots = GaugeMetricFamily("skerry_replica_slots", "Calls that ready replicas on this box can run at once.", labels=labels)
-        waiting = GaugeMetricFamily("skerry_queue_length", "Requests that wait for a replica.", labels=labels)
-        compute = CounterMetricFamily("skerry_compute_seconds", "Time that replicas on this box computed.", labels=labels)
-        durations = HistogramMetricFamily("skerry_request_duration_seconds", "From request to answer.", labels=labels)
-        for name, account in sorted(self.accounts.items()):
-            values = [name, account.model, str(account.version)]
-            for outcome in ("edge", "peer", "cloud", "refused", "failed", "late"):
-                answers.add_metric([*values, outcome], getattr(account, outcome))
-            slots.add_metric(values, account.slots)
-            waiting.add_metric(values, account.waiting)
-            compute.add_metric(values, account.compute_ms / 1000)
-            durations.add_metric(values, buckets=_cumulative(account.latency), sum_value=account.total_ms / 1000)
-        yield from (answers, slots, waiting, compute, durations)
 
-
-def _cumulative(histogram: dict[int, int]) -> list[tuple[str, float]]:
-    """Prometheus buckets of one of our histograms; each of our buckets is counted at its middle."""
-    counts = [(latency.middle_ms(bucket) / 1000, count) for bucket, count in histogram.items()]
-    bounded = [(str(bound), float(sum(count for at, count in counts if at <= bound))) for bound in BOUNDS_S]
-    return [*bounded, ("+Inf", float(sum(histogram.values())))]
+def _told(deployment: str, account: Account) -> ServeTotals:
+    failures = account.failures
+    return ServeTotals(
+        deployment,
+        edge=account.edge,
+        peer=account.peer,
+        cloud=account.cloud,
+        refused=failures.get("REJECTED", 0),
+        failed=failures.get("BACKEND", 0) + failures.get("OTHER", 0),
+        late=account.late,
+        latency=dict(account.latency),
+    )

@@ -1,21 +1,31 @@
-"""One inference request from arrival to answer: decide, run here or pass on, and never answer late.
+"""One inference request from arrival to answer: decide, run here or pass on, try again, and never answer late.
 
-arrive -> core.routing.decide -> Here: Pool.run -> answer
+arrive -> core.routing.decide -> Here: Pool.submit -> answer
                               -> Forward: Upstreams.forward -> answer
                               -> Refuse: 503 with Retry-After
-A replica or an upstream that fails in the middle sends the request back to ``decide`` with the time that is left.
+A try that fails, or that is not over when it should be, sends the request back to ``decide`` with the time that is left; the first
+answer wins and the others are given up. What must not be done twice is tried once.
 """
 
 import asyncio
+import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
-from edge_agent.core.routing import Decision, Forward, Here, Refuse, decide
+from edge_agent.core import routing
+from edge_agent.core.queueing import Place
+from edge_agent.core.routing import Decision, Forward, Here, Refuse
+from edge_agent.gateway.arena import Region
+from edge_agent.gateway.budget import NO_LIMIT, Budgets
+from edge_agent.gateway.calls import Job, Outcome
 from edge_agent.gateway.connection import ReplicaLost
-from edge_agent.gateway.dispatch import Outcome, Pool, TooLate
-from edge_agent.gateway.ledger import Account, Ledger
-from edge_agent.gateway.upstream import Reply, UpstreamFailed, Upstreams
+from edge_agent.gateway.dispatch import Interrupted, Pool, TooLate
+from edge_agent.gateway.ledger import Account, Ledger, ServedBy
+from edge_agent.gateway.samples import Samples
+from edge_agent.gateway.upstream import Reply, UpstreamFailed, UpstreamRefused, Upstreams
 from skerry.wire import oip
 from skerry.wire.box import Route, RouteTable
 from skerry.wire.messages import Tier
@@ -23,6 +33,10 @@ from skerry.wire.messages import Tier
 ANSWER_MARGIN_MS = 2.0
 """Kept back from the deadline for the way back to the caller."""
 MOST_TRIES = 8
+MOST_WORDS = 600
+OVERDUE_MS, OVERDUE_TIMES = 10.0, 4.0
+"""A call on this box that takes this long, and so many times as long as was carefully expected, is tried elsewhere as well. Where nothing
+was measured yet, one that has taken half of its time."""
 
 
 class Unknown(Exception):
@@ -46,140 +60,232 @@ class Failed(Exception):
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """A request as it came: parsed, and as bytes for passing on. ``started`` is on time.perf_counter, in seconds."""
+    """A request as it came. ``started`` is on time.perf_counter, in seconds; ``memory`` is where its tensors lie, if it was reserved."""
 
     request: oip.InferRequest
-    headers: dict[str, str]
-    body: bytes
     started: float
     deadline_ms: float
-    forwarded: bool
+    forwarded: bool = False
+    memory: object = None
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """Either outputs computed here (``outcome``) or a reply to hand back as it is (``reply``)."""
+    """The outputs, who computed them and why there. ``timing`` is text for Server-Timing; ``numbers`` are the estimates, in ms.
 
-    served_by: str
+    The outputs may lie in memory that is used again: ``release`` says that they were written.
+    """
+
+    served_by: ServedBy
     node: str
     reason: str
     route: Route
-    outcome: Outcome | None = None
-    reply: Reply | None = None
+    outputs: list[oip.Tensor]
+    timing: str
+    numbers: dict[str, float | str]
+    room: Region | None = None
+
+    def release(self) -> None:
+        """The outputs are needed no longer. Once."""
+        if self.room is not None:
+            self.room.release()
 
 
-class _Served(msgspec.Struct):
-    route: Route
-    pool: Pool
-    account: Account
+class Served:
+    """A deployment as this gateway serves it."""
+
+    def __init__(self, route: Route, pool: Pool, account: Account) -> None:
+        self.route = route
+        self.pool = pool
+        self.account = account
+
+
+class _Request:
+    """A request on its way through the tries."""
+
+    __slots__ = ("arrival", "failure", "may_leave", "place", "rows", "served", "size_bytes", "tried_nodes", "until_s")
+
+    def __init__(self, arrival: Arrival, served: Served) -> None:
+        request = arrival.request
+        self.arrival = arrival
+        self.served = served
+        self.until_s = arrival.started + (arrival.deadline_ms - ANSWER_MARGIN_MS) / 1000
+        self.rows = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 1
+        self.place = Place(priority=request.priority, arrived_s=time.perf_counter(), until_s=self.until_s, rows=max(1, self.rows))
+        self.size_bytes = sum(len(tensor.data) for tensor in request.inputs)
+        self.may_leave = request.sequence is None
+        self.failure = ""
+        """What went wrong before, for the reason."""
+        self.tried_nodes: set[str] = set()
+
+    @property
+    def remaining_ms(self) -> float:
+        return (self.until_s - time.perf_counter()) * 1000
+
+
+class _Try:
+    """One way in which a request is being answered."""
+
+    __slots__ = ("decision", "future", "job")
+
+    def __init__(self, decision: Here | Forward, future: "asyncio.Future[Any]", job: Job | None) -> None:
+        self.decision = decision
+        self.future = future
+        self.job = job
 
 
 class Service:
     """Everything that this gateway serves, as the route table says."""
 
-    def __init__(self, *, node: str, tier: Tier, upstreams: Upstreams, ledger: Ledger, queue_limit: int) -> None:
+    def __init__(
+        self, *, node: str, tier: Tier, upstreams: Upstreams, ledger: Ledger, budgets: Budgets, samples: Samples, queue_limit: int,
+        arena_bytes: int, look: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._node = node
-        self._tier = tier
+        self._tier: Tier = tier
         self._upstreams = upstreams
         self._ledger = ledger
+        self._budgets = budgets
+        self._samples = samples
         self._queue_limit = queue_limit
-        self._served: dict[str, _Served] = {}
+        self._arena_bytes = arena_bytes
+        self._look = look
+        self._served: dict[str, Served] = {}
+        self._found: dict[tuple[str, str | None], Served] = {}
         self.generation = 0
+
+    # -- what is served
 
     def update(self, table: RouteTable) -> None:
         """Serve what ``table`` says from now on."""
         self.generation = table.generation
+        self._found.clear()
         wanted = {route.deployment: route for route in table.routes}
         for name in [name for name in self._served if name not in wanted]:
-            self._served.pop(name).pool.update([])
+            self._served.pop(name).pool.update(None)
         for name, route in wanted.items():
             account = self._ledger.account(name, route.model, route.version)
             held = self._served.get(name)
             if held is None:
-                held = self._served[name] = _Served(route, Pool(self._queue_limit), account)
-            held.route = route
-            held.pool.update(route.replicas)
-            account.slots = sum(replica.concurrency for replica in route.replicas)
+                pool = Pool(queue_limit=self._queue_limit, arena_bytes=self._arena_bytes, on_run=account.ran, on_shed=account.made_way)
+                held = self._served[name] = Served(route, pool, account)
+            held.route, held.account = route, account
+            held.pool.on_run, held.pool.on_shed = account.ran, account.made_way
+            held.pool.update(route)
+        self._budgets.update({name: route.cloud_budget for name, route in wanted.items()})
+        self._upstreams.keep({(upstream.node, name) for name, route in wanted.items() for upstream in route.upstreams})
 
-    def routes(self) -> list[tuple[Route, Pool, Account]]:
+    def routes(self) -> list[Served]:
         """Everything served, in order of name."""
-        return [(s.route, s.pool, s.account) for _, s in sorted(self._served.items())]
+        return [served for _, served in sorted(self._served.items())]
 
-    def find(self, name: str, version: str | None) -> tuple[Route, Pool, Account]:
+    def find(self, name: str, version: str | None) -> Served:
         """The deployment called ``name``, else the one that serves the model of that name, the highest version first.
 
         Raises Unknown.
         """
-        matching = [s for s in self._served.values() if s.route.deployment == name] or [
-            s for s in self._served.values() if s.route.model == name
-        ]
+        found = self._found.get((name, version))
+        if found is None:
+            found = self._find(name, version)
+            if found is None:
+                self._look()  # what the warden has just put there may not have been seen yet
+                found = self._find(name, version)
+            if found is None:
+                known = ", ".join(f"{s.route.model}:{s.route.version}" for s in self.routes()) or "none"
+                asked = f"model {name[:80]!r}{f' version {version[:20]!r}' if version is not None else ''}"
+                raise Unknown(f"{asked} is not served here; served: {known[:1000]}")
+            self._found[name, version] = found
+        return found
+
+    def _find(self, name: str, version: str | None) -> Served | None:
+        matching = [s for s in self._served.values() if s.route.deployment == name]
+        matching = matching or [s for s in self._served.values() if s.route.model == name]
         if version is not None:
             matching = [s for s in matching if str(s.route.version) == version]
-        if not matching:
-            known = ", ".join(f"{route.model}:{route.version}" for route, _, _ in self.routes()) or "none"
-            raise Unknown(
-                f"model {name[:80]!r}{f' version {version[:20]!r}' if version is not None else ''} is not served here; served: {known}"
-            )
-        best = min(matching, key=lambda s: (-s.route.version, s.route.deployment))
-        return best.route, best.pool, best.account
+        return min(matching, key=lambda s: (-s.route.version, s.route.deployment), default=None)
 
-    async def infer(self, arrival: Arrival, route: Route, pool: Pool, account: Account) -> Answer:
-        """Answer in time, from what ``find`` gave. Raises Refused, Rejected or Failed."""
+    def sweep(self) -> None:
+        """Once in a while: what no request would do."""
+        for served in self._served.values():
+            served.pool.sweep()
+            served.account.waiting = served.pool.waiting
+            served.account.slots = served.pool.slots
+        self._budgets.top_up()
+
+    # -- one request
+
+    async def infer(self, arrival: Arrival, served: Served) -> Answer:
+        """Answer in time, from what ``find`` gave. Raises Refused, Rejected, Failed or Interrupted."""
+        account = served.account
         try:
-            answer = await self._answer(arrival, route, pool)
+            request = _Request(arrival, served)
+            answer = await (self._in_sequence(request) if arrival.request.sequence is not None else self._answered(request))
         except Refused:
-            account.refused += 1
+            account.refused(_ms_since(arrival.started))
             raise
-        except Failed:
-            account.failed += 1
+        except (Failed, Rejected, Interrupted) as exc:
+            account.failed("BACKEND" if isinstance(exc, Failed) else "OTHER", _ms_since(arrival.started))
             raise
-        total_ms = (time.perf_counter() - arrival.started) * 1000
-        account.served(answer.served_by, total_ms)
-        if total_ms > arrival.deadline_ms:
-            account.late += 1
-        if answer.outcome is not None:
-            account.queue_ms += answer.outcome.queue_ms
-            account.compute_ms += answer.outcome.answer.compute_us / 1000
-            account.computed += 1
-        account.waiting = pool.view.waiting
+        except asyncio.CancelledError:
+            account.cancelled(_ms_since(arrival.started))
+            raise
         return answer
 
-    async def _answer(self, arrival: Arrival, route: Route, pool: Pool) -> Answer:
-        failure = ""
-        for _ in range(MOST_TRIES):
-            remaining_ms = _remaining_ms(arrival)
-            decision = self._decide(arrival, route, pool, remaining_ms)
-            try:
-                match decision:
-                    case Here(_, reason):
-                        return await self._run_here(arrival, route, pool, f"{failure}{reason}")
-                    case Forward(node, _, reason):
-                        return await self._forward(arrival, route, node, f"{failure}{reason}")
-                    case Refuse(reason, retry_after_s):
-                        if pool.view.slots == 0 and await self._replica_comes_back(route, pool, remaining_ms):
-                            continue
-                        raise Refused(f"{failure}{reason}", retry_after_s)
-            except ReplicaLost as exc:
-                failure = f"{exc}; "
-            except TooLate:
-                failure = "the queue here took longer than expected; "
-            except UpstreamFailed as exc:
-                failure = f"{exc}; "
-        raise Refused(f"{failure}{MOST_TRIES} tries failed", 1)
+    async def _answered(self, request: _Request) -> Answer:
+        """The first answer of as many tries as it takes."""
+        tries: list[_Try] = []
+        try:
+            for _ in range(MOST_TRIES):
+                decision = self._decide(request, tries)
+                if not isinstance(decision, Refuse):
+                    tries.append(self._begin(request, decision, is_second=bool(tries)))
+                elif not tries:
+                    if await self._comes_back(request):
+                        continue
+                    self._sample_refusal(request, decision)
+                    raise Refused(f"{request.failure}{decision.reason}", decision.retry_after_s)
+                wake_ms = request.remaining_ms
+                if not isinstance(decision, Refuse) and request.arrival.request.idempotent:
+                    wake_ms = min(wake_ms, _overdue_in_ms(decision))
+                answer = await self._first(request, tries, wake_ms)
+                if answer is not None:
+                    return answer
+                if request.remaining_ms <= 0:
+                    raise Refused(f"{request.failure}not done within {request.arrival.deadline_ms:.0f} ms", 1)
+            raise Refused(f"{request.failure}{MOST_TRIES} tries were in vain", 1)
+        finally:
+            for one in tries:
+                self._give_up(request, one)
 
-    def _decide(self, arrival: Arrival, route: Route, pool: Pool, remaining_ms: float) -> Decision:
-        return decide(
+    def _sample_refusal(self, request: _Request, decision: Refuse) -> None:
+        now, deployment = time.perf_counter(), request.served.route.deployment
+        if self._samples.wants(deployment, "refused", now_s=now):
+            self._samples.take(deployment, "refused", f"{request.failure}{routing.in_words(decision)}", now_s=now)
+
+    def _decide(self, request: _Request, tries: list[_Try]) -> Decision:
+        served, now = request.served, time.perf_counter()
+        route = served.route
+        views = []
+        if route.upstreams and request.may_leave and not request.arrival.forwarded:
+            has_budget = self._budgets.has(route.deployment, request.size_bytes)
+            views = self._upstreams.views(route.upstreams, route.deployment, has_budget=has_budget, now_s=now)
+            if request.tried_nodes:
+                views = [view for view in views if view.node not in request.tried_nodes]
+        return routing.decide(
             split=route.split,
-            remaining_ms=remaining_ms,
-            local=pool.view,
-            upstreams=self._upstreams.views(route.upstreams, route.deployment),
-            forwarded=arrival.forwarded,
-            now_s=time.monotonic(),
+            remaining_ms=request.remaining_ms,
+            local=served.pool.view(request.place, [one.job for one in tries if one.job is not None]),
+            upstreams=views,
+            size_bytes=request.size_bytes,
+            forwarded=request.arrival.forwarded,
+            may_leave=request.may_leave,
+            now_s=now,
         )
 
-    @staticmethod
-    async def _replica_comes_back(route: Route, pool: Pool, remaining_ms: float) -> bool:
+    async def _comes_back(self, request: _Request) -> bool:
         """Whether a replica of this box is up again in time: one that was killed is restarted within a second."""
-        if not route.replicas or remaining_ms <= 0:
+        self._look()
+        pool, remaining_ms = request.served.pool, request.remaining_ms
+        if pool.slots or not request.served.route.replicas or remaining_ms <= 0:
             return False
         try:
             async with asyncio.timeout(remaining_ms / 1000):
@@ -188,31 +294,241 @@ class Service:
             return False
         return True
 
-    async def _run_here(self, arrival: Arrival, route: Route, pool: Pool, reason: str) -> Answer:
-        wanted = [output.name for output in arrival.request.outputs]
-        try:
-            async with asyncio.timeout(_remaining_ms(arrival) / 1000):
-                until = arrival.started + (arrival.deadline_ms - ANSWER_MARGIN_MS) / 1000
-                outcome = await pool.run(arrival.request.inputs, wanted, until=until)
-        except TimeoutError as exc:
-            raise Refused(f"not done within {arrival.deadline_ms:.0f} ms", 1) from exc
-        if outcome.answer.error:
-            raise (Rejected if outcome.answer.refused else Failed)(outcome.answer.error)
-        served_by = "cloud" if self._tier == "cloud" else "peer" if arrival.forwarded else "edge"
-        return Answer(served_by, self._node, reason, route, outcome=outcome)
+    def _begin(self, request: _Request, decision: Here | Forward, *, is_second: bool) -> _Try:
+        account = request.served.account
+        if is_second:
+            account.hedged += 1
+        elif request.failure:
+            account.retried += 1
+        if isinstance(decision, Here):
+            job = self._job(request)
+            request.served.pool.submit(job)
+            return _Try(decision, job.future, job)
+        request.tried_nodes.add(decision.node)
+        if decision.is_kept:
+            request.served.pool.kept += 1
+        return _Try(decision, asyncio.create_task(self._forward(request, decision), name="gateway.forward"), None)
 
-    async def _forward(self, arrival: Arrival, route: Route, node: str, reason: str) -> Answer:
-        upstream = next(u for u in route.upstreams if u.node == node)
-        reply = await self._upstreams.forward(
-            upstream,
-            route.deployment,
-            path=f"/v2/models/{route.deployment}/versions/{route.version}/infer",
-            headers=arrival.headers,
-            body=arrival.body,
-            remaining_ms=_remaining_ms(arrival),
+    @staticmethod
+    def _job(request: _Request) -> Job:
+        asked, memory = request.arrival.request, request.arrival.memory
+        wanted = [output.name for output in asked.outputs]
+        held = [memory] if isinstance(memory, Region) else []
+        return Job(asked.inputs, wanted, request.place, memory=held, sequence=asked.sequence)
+
+    async def _first(self, request: _Request, tries: list[_Try], wake_ms: float) -> Answer | None:
+        """The first answer; None when a try has failed, or when ``wake_ms`` are over. Takes what is over out of ``tries``."""
+        await _any_done([one.future for one in tries], max(0.0, wake_ms) / 1000)
+        for one in [one for one in tries if one.future.done()]:
+            tries.remove(one)
+            self._unkept(request, one)
+            try:
+                result = one.future.result()
+            except (ReplicaLost, TooLate, UpstreamFailed) as exc:
+                request.failure = f"{request.failure}{exc}; "[:MOST_WORDS]
+                was_begun = one.job is None or one.job.sent_to != ""
+                if was_begun and not request.arrival.request.idempotent:
+                    raise Failed(f"{exc}: what became of it is not known, and it must not be tried again") from exc
+            except UpstreamRefused as exc:
+                raise Rejected(str(exc)) from exc
+            else:
+                return self._answer_of(request, one.decision, result)
+        return None
+
+    def _answer_of(self, request: _Request, decision: Here | Forward, result: Outcome | Reply) -> Answer:
+        """The answer, unless it failed or comes too late: then it is none, and that is said. Raises Refused, Rejected and Failed."""
+        account, arrival, route = request.served.account, request.arrival, request.served.route
+        took_ms = _ms_since(arrival.started)
+        if took_ms > arrival.deadline_ms:
+            account.late += 1
+            _given_back(result)
+            raise Refused(f"{request.failure}done only after {took_ms:.0f} ms of {arrival.deadline_ms:.0f} ms", 1)
+        reason, told = f"{request.failure}{decision.reason}", _told(decision)
+        if isinstance(result, Reply):
+            served_by: ServedBy = "cloud" if result.tier == "cloud" else "peer"
+            timing = ", ".join(filter(None, [result.timing.replace("total;", "remote;"), f"forward;dur={result.took_ms:.3f}"]))
+            answer = Answer(served_by, result.node, reason, route, result.outputs, timing, told)
+            queue_ms = compute_ms = 0.0
+        else:
+            if result.answer.error:
+                _given_back(result)
+                raise (Rejected if result.answer.refused else Failed)(result.answer.error)
+            served_by = "cloud" if self._tier == "cloud" else "peer" if arrival.forwarded else "edge"
+            queue_ms, compute_ms = result.queue_ms, result.answer.compute_us / 1000
+            timing = f"queue;dur={queue_ms:.3f}, compute;dur={compute_ms:.3f}"
+            answer = Answer(served_by, self._node, reason, route, result.outputs, timing, told, result.room)
+        now = time.perf_counter()
+        kind = f"{served_by}, after a failure" if request.failure else served_by
+        if self._samples.wants(route.deployment, kind, now_s=now):
+            text = f"{request.failure}{routing.in_words(decision)}, done in {took_ms:.1f} ms"
+            self._samples.take(route.deployment, kind, text, now_s=now)
+        account.served(
+            served_by,
+            total_ms=took_ms,
+            at_ms=time.time_ns() // 1_000_000,
+            rows=request.rows if isinstance(result, Outcome) else 0,
+            queue_ms=queue_ms,
+            compute_ms=compute_ms,
         )
-        return Answer("cloud" if upstream.tier == "cloud" else "peer", node, reason, route, reply=reply)
+        return answer
+
+    @staticmethod
+    def _clouds(route: Route) -> set[str]:
+        return {upstream.node for upstream in route.upstreams if upstream.tier == "cloud"}
+
+    async def _forward(self, request: _Request, decision: Forward) -> Reply:
+        """Pass it on, within the budget where it goes to the cloud. Raises UpstreamFailed and UpstreamRefused."""
+        route, node = request.served.route, decision.node
+        upstream = next(upstream for upstream in route.upstreams if upstream.node == node)
+        reserved = self._budgets.reserve(route.deployment, request.size_bytes) if upstream.tier == "cloud" else NO_LIMIT
+        if reserved is None:
+            raise UpstreamFailed(f"{node}: the cloud budget of this hour is spent")
+        reply = await self._upstreams.forward(
+            upstream, route, request.arrival.request, remaining_ms=request.remaining_ms, overdue_ms=decision.estimate_ms,
+            most_bytes=reserved.size_bytes,
+        )  # fmt: skip
+        self._budgets.used(reserved, reply.size_bytes)
+        return reply
+
+    def _give_up(self, request: _Request, one: _Try) -> None:
+        """Nobody wants its answer any more, and what it held is given back."""
+        self._unkept(request, one)
+        if one.job is not None:
+            request.served.pool.withdraw(one.job)
+        if not one.future.done():
+            one.future.cancel()
+        elif not one.future.cancelled() and one.future.exception() is None:
+            _given_back(one.future.result())
+
+    @staticmethod
+    def _unkept(request: _Request, one: _Try) -> None:
+        if isinstance(one.decision, Forward) and one.decision.is_kept:
+            request.served.pool.kept -= 1
+
+    # -- sequences
+
+    async def _in_sequence(self, request: _Request) -> Answer:
+        """A step of a sequence: where its state lies, once, or an error that says that the sequence is over."""
+        pool, step = request.served.pool, request.arrival.request.sequence
+        assert step is not None  # noqa: S101 - for the type checker
+        decision = self._decide(request, [])
+        if not isinstance(decision, Here):
+            raise Refused(f"a sequence stays on this box: {decision.reason}", 1)
+        for name in pool.holders(step):
+            outcome = await self._step(request, step, name)
+            if outcome.answer.no_sequence:
+                continue
+            try:
+                return self._answer_of(request, decision, outcome)
+            except Refused as exc:  # the state has gone on, and the caller knows nothing of it
+                pool.interrupt(step)
+                raise Interrupted(f"sequence {step.id!r} was interrupted: {exc}; start it anew") from exc
+        pool.interrupt(step)
+        raise Interrupted(f"sequence {step.id!r} was interrupted: no replica here holds its state; start it anew")
+
+    async def _step(self, request: _Request, step: oip.SequenceStep, replica: str) -> Outcome:
+        pool, job = request.served.pool, self._job(request)
+        job.pin = replica
+        pool.submit(job)
+        try:
+            await _any_done([job.future], request.remaining_ms / 1000)
+            if job.future.done():
+                return job.future.result()
+        except TooLate as exc:
+            raise Refused(f"{exc}; the sequence is as it was", 1) from exc
+        except ReplicaLost as exc:
+            pool.interrupt(step)
+            raise Interrupted(f"sequence {step.id!r} was interrupted: {exc}, and its state with it; start it anew") from exc
+        finally:
+            pool.withdraw(job)
+        late = f"not done within {request.arrival.deadline_ms:.0f} ms"
+        if not job.sent_to:
+            raise Refused(f"{late}; the sequence is as it was", 1)
+        pool.interrupt(step)
+        raise Interrupted(f"sequence {step.id!r} was interrupted: a step was {late}, and whether it was done is not known; start it anew")
+
+    # -- what people ask
+
+    def foreseen(self, served: Served, *, deadline_ms: float, size_bytes: int, priority: int) -> dict[str, Any]:
+        """What would become of such a request now, and what became of others lately."""
+        now = time.perf_counter()
+        empty = oip.InferRequest("", [], [], priority=priority)
+        request = _Request(Arrival(empty, now, deadline_ms), served)
+        request.size_bytes = size_bytes
+        decision = self._decide(request, [])
+        route = served.route
+        facts: dict[str, Any] = {"deployment": route.deployment, "model": route.model, "version": str(route.version)}
+        match decision:
+            case Here():
+                facts |= {"decision": "here", "served_by": "cloud" if self._tier == "cloud" else "edge", "node": self._node}
+            case Forward(node=node):
+                facts |= {"decision": "forward", "served_by": "cloud" if node in self._clouds(route) else "peer", "node": node}
+            case Refuse():
+                facts |= {"decision": "refuse", "served_by": "", "node": ""}
+        recent = [{"at_ms": one.at_ms, "text": one.text} for one in self._samples.of(route.deployment)]
+        return facts | {"reason": decision.reason, "numbers": _finite(msgspec.to_builtins(decision.numbers)), "recent": recent}
+
+    def explained(self) -> list[dict[str, Any]]:
+        """What this gateway believes of each route."""
+        return [
+            {"route": served.route, "slots": served.pool.slots, "running": served.pool.running, "waiting": served.pool.waiting}
+            | {"service": served.pool.curve}
+            for served in self.routes()
+        ]
 
 
-def _remaining_ms(arrival: Arrival) -> float:
-    return arrival.deadline_ms - (time.perf_counter() - arrival.started) * 1000 - ANSWER_MARGIN_MS
+def _told(decision: Here | Forward) -> dict[str, float | str]:
+    """The numbers that led to a decision, as an answer's parameters."""
+    numbers = decision.numbers
+    told: dict[str, float | str] = {"estimate_ms": round(decision.estimate_ms, 2), "remaining_ms": round(numbers.remaining_ms, 1)}
+    if numbers.upstreams:
+        told["considered"] = routing.in_words(decision)
+    return told
+
+
+def _finite(value: Any) -> Any:
+    """For JSON, which has no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000
+
+
+def _overdue_in_ms(decision: Here | Forward) -> float:
+    """After how long without an answer a second way is tried."""
+    if isinstance(decision, Forward):
+        return math.inf if decision.hedge_in_ms is None else decision.hedge_in_ms
+    if decision.estimate_ms <= 0:
+        return decision.numbers.remaining_ms / 2
+    return max(OVERDUE_MS, OVERDUE_TIMES * decision.estimate_ms)
+
+
+async def _any_done(futures: "list[asyncio.Future[Any]]", within_s: float) -> None:
+    """Wait until one of them is done, for so long at most."""
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(max(0.0, within_s), wake)
+    for future in futures:
+        future.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        for future in futures:
+            future.remove_done_callback(wake)
+
+
+def _given_back(result: Outcome | Reply) -> None:
+    """Nobody writes these outputs to anybody."""
+    if isinstance(result, Outcome) and result.room is not None:
+        result.room.release()

@@ -120,7 +120,11 @@ class Story:
         started = time.monotonic()
         for manifest in catalogue.read_catalogue(MODELS):
             path = catalogue.materialised_path(CACHE, manifest)
-            query = {"sha256": manifest.source.sha256, "warmup": codec.encode(manifest.warmup).decode()}
+            query = {
+                "sha256": manifest.source.sha256,
+                "warmup": codec.encode(manifest.warmup).decode(),
+                "state": codec.encode(manifest.state).decode(),
+            }
             url = f"{self._fleet.url}/v1/models/{manifest.name}/versions/{manifest.version}"
             headers = {"Authorization": f"Bearer {self._fleet.token}"}
             async with self._session.put(url, params=query, data=path.read_bytes(), headers=headers) as response:

@@ -81,10 +81,18 @@ async def _until_signalled(main: Callable[[asyncio.Event], Awaitable[None]]) -> 
         await working
 
 
-def run(program: str, kind: type[T], main: Callable[[T, asyncio.Event], Awaitable[None]], *, state_dir: Callable[[T], Path | None]) -> None:
+def run(
+    program: str,
+    kind: type[T],
+    main: Callable[..., Awaitable[None]],
+    *,
+    state_dir: Callable[[T], Path | None],
+    before_loop: Callable[[T], dict[str, object]] | None = None,
+) -> None:
     """Parse ``--config``, take the state directory's lock and run ``main(config, stop)`` until SIGTERM or SIGINT.
 
-    ``main`` calls ``sdnotify.notify("READY=1")`` itself once it serves, and returns soon after ``stop`` is set.
+    ``before_loop`` is called with the settings while there is neither a thread nor an event loop, and returns further keyword arguments
+    for ``main``. ``main`` calls ``sdnotify.notify("READY=1")`` itself once it serves, and returns soon after ``stop`` is set.
     """
     parser = argparse.ArgumentParser(prog=program, description=(sys.modules["__main__"].__doc__ or "").strip())
     parser.add_argument(
@@ -112,7 +120,8 @@ def run(program: str, kind: type[T], main: Callable[[T, asyncio.Event], Awaitabl
         sys.stderr.write(f"{program}: {exc}\n")
         sys.exit(EXIT_CONFIG)
     try:
-        uvloop.run(_until_signalled(lambda stop: main(config, stop)))
+        more = before_loop(config) if before_loop is not None else {}
+        uvloop.run(_until_signalled(lambda stop: main(config, stop, **more)))
     except settings.SettingsError as exc:
         sys.stderr.write(f"{program}: {exc}\n")
         sys.exit(EXIT_CONFIG)

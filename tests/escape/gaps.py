@@ -30,14 +30,6 @@ GAPS: list[Gap] = [
 ]
 
 NOT_YET = {
-    "shared-memory-truncated": (
-        "Shortens shared memory while the gateway reads a tensor in it, so that the gateway dies of SIGBUS.",
-        "not applicable yet: tensors travel inline",
-    ),
-    "shared-memory-changed": (
-        "Changes a tensor in shared memory after the gateway has checked it.",
-        "not applicable yet: tensors travel inline",
-    ),
     "paths-in-a-model-archive": (
         "Packs links and paths with `..` into a model archive.",
         "not applicable yet: a model is one file",

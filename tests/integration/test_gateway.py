@@ -9,10 +9,15 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from aiohttp import web
 
-from edge_agent.gateway.app import Endpoints, make_app
+from edge_agent.gateway import http
+from edge_agent.gateway.app import Api
+from edge_agent.gateway.books import Books
+from edge_agent.gateway.budget import Budgets
+from edge_agent.gateway.facts import Facts
 from edge_agent.gateway.ledger import Ledger
+from edge_agent.gateway.processes import split
+from edge_agent.gateway.samples import Samples
 from edge_agent.gateway.service import Service
 from edge_agent.gateway.upstream import FORWARDED, Upstreams
 from skerry.wire import codec, ipc
@@ -52,22 +57,26 @@ class ScriptedWorker:
         with contextlib.suppress(asyncio.IncompleteReadError, OSError):
             while True:
                 header_bytes, body_bytes = ipc.parse_prefix(await reader.readexactly(ipc.PREFIX.size))
-                call = ipc.parse_header(await reader.readexactly(header_bytes), ipc.Call)
+                batch = ipc.parse_header(await reader.readexactly(header_bytes), ipc.Batch)
                 body = await reader.readexactly(body_bytes)
                 self.calls += 1
                 await asyncio.sleep(self.delay_s)
+                (call,) = batch.calls
                 if self.behave == "garbage":
                     writer.write(b"\xff" * 64)
                 elif self.behave == "huge":
                     writer.write(struct.pack("<II", 10, 2**31))
                 elif self.behave == "short tensor":
                     head = ipc.TensorHead("y", "FP32", (9,), 4)
-                    writer.writelines(ipc.frame(ipc.Answer(call.call, [head]), [b"1234"]))
+                    writer.writelines(ipc.frame(ipc.Answers([ipc.Answer(call.call, [head])]), [b"1234"]))
                 elif self.behave == "another call":
-                    writer.writelines(ipc.frame(ipc.Answer(call.call + 7), []))
+                    writer.writelines(ipc.frame(ipc.Answers([ipc.Answer(call.call + 7)]), []))
+                elif self.behave == "outside":
+                    head = ipc.TensorHead("y", "FP32", (1,), 4, 4096)
+                    writer.writelines(ipc.frame(ipc.Answers([ipc.Answer(call.call, [head])]), []))
                 else:
                     head = ipc.TensorHead("y", "FP32", call.inputs[0].shape, len(body))
-                    writer.writelines(ipc.frame(ipc.Answer(call.call, [head], int(self.delay_s * 1e6)), [body]))
+                    writer.writelines(ipc.frame(ipc.Answers([ipc.Answer(call.call, [head], int(self.delay_s * 1e6))]), [body]))
 
 
 class Box:
@@ -83,18 +92,23 @@ class Box:
 
     async def __aenter__(self) -> "Box":
         await self.worker.start()
-        upstreams = await self._stack.enter_async_context(Upstreams(node=self.node, proxy="", limit=8))
-        ledger = Ledger(self.node, self._tier)
-        self.service = Service(node=self.node, tier=self._tier, upstreams=upstreams, ledger=ledger, queue_limit=self._queue_limit)
-        endpoints = Endpoints(self.service, ledger, node=self.node, tier=self._tier)
-        runner = web.AppRunner(make_app(endpoints, body_limit_bytes=2**20, for_agent=True))
-        await runner.setup()
-        self._stack.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        upstreams = await self._stack.enter_async_context(Upstreams(node=self.node, proxy="", limit=8, answer_limit_bytes=2**20))
+        ledger, samples, place = Ledger(self.node, self._tier), Samples(), split(1)
+        self.service = Service(
+            node=self.node, tier=self._tier, upstreams=upstreams, ledger=ledger, budgets=Budgets(self.worker.path.with_name("budget.json")),
+            samples=samples, queue_limit=self._queue_limit, arena_bytes=2**20, look=lambda: None,
+        )  # fmt: skip
+        books = Books(place, ledger, samples)
+        facts = Facts(self.service, node=self.node, tier=self._tier, accounts=books.accounts)
+        api = Api(self.service, facts, regions=None, body_limit_bytes=2**20, for_agent=True, books=books)
+        self.server = http.Server(api, body_limit_bytes=2**20, memory_limit_bytes=2**30, connection_limit=100)
+        listener = await asyncio.get_running_loop().create_server(self.server.connection, "127.0.0.1", 0)
+        self._stack.callback(listener.close)
+        self.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_) -> None:
+        await self.server.drain(1.0)
         self.service.update(RouteTable())
         await self._stack.aclose()
         with contextlib.suppress(AssertionError):
@@ -105,7 +119,7 @@ class Box:
         upstreams = [Upstream(upstream.node, upstream.url, "cloud")] if upstream else []
         replicas = [LocalReplica("r-0", str(self.worker.path))]
         self.service.update(RouteTable(1, [Route("echo", "echo", 1, 1000, replicas=replicas, upstreams=upstreams, **more)]))
-        while not self.service.routes()[0][1].view.slots:
+        while not self.service.routes()[0].pool.slots:
             await asyncio.sleep(0.01)
 
 
@@ -235,8 +249,8 @@ def test_a_worker_that_dies_with_a_queue_before_it_leaves_no_call_counted_as_run
                 here.worker.delay_s = 0.0
                 await here.worker.start()
                 assert [status for status, *_ in await asyncio.gather(*asked)] == [200] * 4
-            view = here.service.routes()[0][1].view
-            assert (view.slots, view.running, view.waiting) == (1, 0, 0)
+            pool = here.service.routes()[0].pool
+            assert (pool.slots, pool.running, pool.waiting) == (1, 0, 0)
 
     run(scene())
 
@@ -246,8 +260,8 @@ def test_what_is_forwarded_names_the_version_that_was_meant(tmp_path):
         async with fleet(tmp_path) as (here, cloud, session):
             await here.serve(cloud, split="cloud")
             newer = Route("other", "echo", 2, 1000, replicas=[LocalReplica("r-0", str(cloud.worker.path))])
-            cloud.service.update(RouteTable(2, [cloud.service.routes()[0][0], newer]))
-            while not all(pool.view.slots for _, pool, _ in cloud.service.routes()):
+            cloud.service.update(RouteTable(2, [cloud.service.routes()[0].route, newer]))
+            while not all(served.pool.slots for served in cloud.service.routes()):
                 await asyncio.sleep(0.01)
             status, answer, headers, _ = await ask(session, here)
             assert (status, headers["Skerry-Served-By"], answer["model_version"]) == (200, "cloud", "1")
@@ -288,7 +302,7 @@ def test_a_forwarded_request_is_answered_or_refused_but_not_passed_on_again(tmp_
     run(scene())
 
 
-@pytest.mark.parametrize("behaviour", ["garbage", "huge", "short tensor", "another call"])
+@pytest.mark.parametrize("behaviour", ["garbage", "huge", "short tensor", "another call", "outside"])
 def test_a_worker_that_speaks_nonsense_is_cut_off_and_harms_nobody(tmp_path, behaviour):
     async def scene():
         async with fleet(tmp_path) as (here, cloud, session):

@@ -347,11 +347,7 @@ def test_a_server_is_confined_as_a_worker_is(two_servers, client):
         assert any(option.startswith("seccomp={") for option in one["SecurityOpt"])
         assert one["PidsLimit"] == 128
     assert config["Memory"] + relay["Memory"] == 1024 * 2**20, "together they keep to the limit"
-    ask = (
-        "import os\n"
-        "try: open('/opt/x', 'w')\n"
-        "except OSError as exc: print(os.getuid(), exc.strerror)\n"
-    )
+    ask = "import os\ntry: open('/opt/x', 'w')\nexcept OSError as exc: print(os.getuid(), exc.strerror)\n"
     said = inside(client, box.container(client, "own-0")["Id"], ask)
     assert said.strip() == f"{box.spec('own-0', Server('x')).uid} Read-only file system"
 

@@ -4,7 +4,9 @@ The frames are written out plainly here: the sandbox sees no code of the product
 """
 
 import contextlib
+import fcntl
 import json
+import mmap
 import os
 import socket
 import struct
@@ -12,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .bombs import tell
 from .verdict import World, name_of
@@ -30,18 +33,37 @@ def _frame(header: object, body: bytes = b"") -> bytes:
 HELLO = _frame({"inputs": [], "outputs": [], "provider": "hostile", "load_ms": 1.0, "warm": True})
 
 
-def _call_of(connection: Connection) -> int:
-    """Read one call and return its number."""
+SHARING = _frame({"inputs": [], "outputs": [], "provider": "hostile", "load_ms": 1.0, "warm": True, "shares_memory": True})
+
+
+def _asked(connection: Connection) -> dict[str, Any]:
+    """Read one call."""
     stream = connection.makefile("rb")
     header_bytes, body_bytes = struct.unpack("<II", stream.read(8))
-    number: int = json.loads(stream.read(header_bytes))["call"]
+    (call,) = json.loads(stream.read(header_bytes))["calls"]
     stream.read(body_bytes)
-    return number
+    return dict(call)
+
+
+def _call_of(connection: Connection) -> int:
+    """Read one call and return its number."""
+    return int(_asked(connection)["call"])
+
+
+def _answers(number: int, head: dict[str, object]) -> dict[str, object]:
+    return {"answers": [{"call": number, "outputs": [head], "compute_us": 1}]}
 
 
 def _answer(number: int, size_bytes: int) -> dict[str, object]:
-    head = {"name": "y", "datatype": "FP32", "shape": [1, 2], "size_bytes": size_bytes}
-    return {"call": number, "outputs": [head], "compute_us": 1, "error": "", "refused": False}
+    return _answers(number, {"name": "y", "datatype": "FP32", "shape": [1, 2], "size_bytes": size_bytes})
+
+
+def _attached(connection: Connection) -> tuple[int, int]:
+    """Offer to share memory, and take it: its descriptor and its size."""
+    connection.sendall(SHARING)
+    data, descriptors, _, _ = socket.recv_fds(connection, 4096, 4)
+    size: int = json.loads(data[8:])["size_bytes"]
+    return descriptors[0], size
 
 
 def silent(_: Connection) -> None:
@@ -134,11 +156,58 @@ def lies_about_sizes(connection: Connection) -> None:
     connection.sendall(_frame(_answer(_call_of(connection), 4000), bytes(4000)))
 
 
+def shared_memory_truncated(connection: Connection) -> None:
+    """Shortens or lengthens shared memory while the gateway uses it, so that the gateway dies of SIGBUS."""
+    descriptor, size = _attached(connection)
+    for act in (
+        lambda: os.ftruncate(descriptor, 0),
+        lambda: os.ftruncate(descriptor, 2 * size),
+        lambda: fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+        lambda: os.truncate(f"/proc/self/fd/{descriptor}", 0),
+    ):
+        with contextlib.suppress(OSError):
+            act()
+            break
+    else:
+        return
+    asked = _asked(connection)
+    connection.sendall(_frame(_answer(asked["call"], 8), bytes(8)))
+
+
+def shared_memory_changed(connection: Connection) -> None:
+    """Changes a tensor in shared memory after the gateway has checked it."""
+    descriptor, size = _attached(connection)
+    memory = mmap.mmap(descriptor, size)
+    asked = _asked(connection)
+    at = asked["room"]["at"]
+    memory[at : at + 8] = struct.pack("<I", 4) + b"abcd"
+    connection.sendall(_frame(_answers(asked["call"], {"name": "y", "datatype": "BYTES", "shape": [1], "size_bytes": 8, "at": at})))
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        memory[at : at + 4] = struct.pack("<I", 2**31)
+        memory[at : at + 8] = struct.pack("<I", 4) + b"wxyz"
+
+
+def answers_beyond_shared_memory(connection: Connection) -> None:
+    """Answers with a tensor that lies beyond the end of the shared memory."""
+    _, size = _attached(connection)
+    head = {"name": "y", "datatype": "FP32", "shape": [1, 2], "size_bytes": 8, "at": size - 4}
+    connection.sendall(_frame(_answers(_asked(connection)["call"], head)))
+
+
+def answers_outside_its_room(connection: Connection) -> None:
+    """Answers with a tensor that lies where another request's may lie."""
+    _attached(connection)
+    head = {"name": "y", "datatype": "FP32", "shape": [1, 2], "size_bytes": 8, "at": 0}
+    connection.sendall(_frame(_answers(_asked(connection)["call"], head)))
+
+
 WAYS: dict[str, Callable[[Connection], None]] = {
     way.__name__.replace("_", "-"): way
     for way in (
         *(silent, trickle, garbage, huge_header, deep_header, swollen_hello, swells_when_idle, never_answers, answers_garbage),
         *(answers_another_call, floods, announces_a_gibibyte, breaks_off, lies_about_sizes),
+        *(shared_memory_truncated, shared_memory_changed, answers_beyond_shared_memory, answers_outside_its_room),
     )
 }
 

@@ -1,0 +1,79 @@
+"""The files of ``[tls]``: who this gateway is to callers from outside the box, and whom it answers. They may be replaced while it runs."""
+
+import ssl
+from pathlib import Path
+
+import msgspec
+
+from edge_agent.gateway.config import Tls
+from skerry.runtime import log, settings
+
+logger = log.get("gateway.tls")
+
+
+class Pem(msgspec.Struct, frozen=True):
+    """What the files held."""
+
+    certificate: bytes
+    key: bytes
+    client_ca: bytes | None
+
+
+class Certificates:
+    """The files as they were last read, all of one moment and fitting each other. Raises SettingsError where they never did."""
+
+    def __init__(self, tls: Tls) -> None:
+        self._tls = tls
+        self._tried: object = None
+        self.context, self.pem = self._read()
+
+    def look(self) -> bool:
+        """Read them again if one was replaced; says whether there is something new. What does not fit changes nothing, and is said once."""
+        if self._mark() == self._tried:
+            return False
+        try:
+            self.context, self.pem = self._read()
+        except settings.SettingsError as exc:
+            logger.error("tls.not_renewed", reason=str(exc))
+            return False
+        logger.info("tls.renewed", certificate_file=str(self._tls.certificate_file))
+        return True
+
+    def _paths(self) -> list[Path]:
+        return [path for path in (self._tls.certificate_file, self._tls.key_file, self._tls.client_ca_file) if path is not None]
+
+    def _mark(self) -> object:
+        """Something else whenever one of them is another file or was written."""
+        marks = []
+        for path in self._paths():
+            try:
+                status = path.stat()
+            except OSError as exc:
+                marks.append((exc.errno or 0, 0, 0))
+            else:
+                marks.append((status.st_mtime_ns, status.st_ino, status.st_size))
+        return marks
+
+    def _read(self) -> tuple[ssl.SSLContext, Pem]:
+        self._tried = self._mark()
+        try:
+            context = _context(self._tls)
+            certificate, key, *more = (path.read_bytes() for path in self._paths())
+            is_open = bool(self._tls.key_file.stat().st_mode & 0o007)
+        except (OSError, ssl.SSLError) as exc:
+            raise settings.SettingsError(f"tls: {', '.join(map(str, self._paths()))}: {exc}") from exc
+        if self._mark() != self._tried:
+            raise settings.SettingsError("tls: its files were replaced while they were read")
+        if is_open:
+            logger.warning("tls.key_is_open", key_file=str(self._tls.key_file), reason="others than its owner and group may read it")
+        return context, Pem(certificate, key, more[0] if more else None)
+
+
+def _context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(tls.certificate_file, tls.key_file, password="")  # without one OpenSSL would ask the terminal
+    if tls.client_ca_file is not None:
+        context.load_verify_locations(tls.client_ca_file)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context

@@ -1,0 +1,318 @@
+"""The gateway's code with real workers behind it: shared memory, frozen and killed replicas, sequences, shared runs, hedges, budgets."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import onnx
+import onnx.helper as oh
+import pytest
+
+from edge_agent.gateway.budget import Budgets
+from skerry.wire import codec, oip
+from skerry.wire.box import LocalReplica, Route, RouteTable
+from skerry.wire.messages import Batching, CloudBudget, StateTensor, Upstream
+from tests.integration.test_gateway import Box, fleet, run
+from tests.integration.test_worker import start
+from tests.integration.test_worker_batches import model
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+@pytest.fixture(scope="module")
+def doubler(tmp_path_factory) -> Path:
+    """y = 2 x, with a free first axis."""
+    node = oh.make_node("Add", ["x", "x"], ["y"])
+    return model(tmp_path_factory.mktemp("doubler") / "m.onnx", [node], {"x": (FLOAT, ["N", "M"])}, {"y": (FLOAT, ["N", "M"])})
+
+
+@pytest.fixture(scope="module")
+def adder(tmp_path_factory) -> Path:
+    """total = after = before + x."""
+    nodes = [oh.make_node("Add", ["before", "x"], ["after"]), oh.make_node("Identity", ["after"], ["total"])]
+    inputs, outputs = {"x": (FLOAT, [1]), "before": (FLOAT, [1])}, {"after": (FLOAT, [1]), "total": (FLOAT, [1])}
+    return model(tmp_path_factory.mktemp("adder") / "m.onnx", nodes, inputs, outputs)
+
+
+class Replicas:
+    """Real workers, one process each."""
+
+    def __init__(self, folder: Path, file: Path, count: int, *options: str) -> None:
+        self.sockets = [folder / f"r{number}" / "run" / "w.sock" for number in range(count)]
+        for path in self.sockets:
+            path.parent.mkdir(parents=True)
+        self.processes = [start(file, path, *options) for path in self.sockets]
+
+    async def __aenter__(self) -> "Replicas":
+        while not all(path.exists() for path in self.sockets):
+            assert all(process.poll() is None for process in self.processes)
+            await asyncio.sleep(0.02)
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    async def serve(self, box: Box, **more) -> None:
+        replicas = [LocalReplica(f"r{number}", str(path)) for number, path in enumerate(self.sockets)]
+        box.service.update(RouteTable(1, [Route("m", "m", 1, 5000, replicas=replicas, **more)]))
+        while box.service.routes()[0].pool.slots < len(replicas):
+            await asyncio.sleep(0.01)
+
+
+async def infer(session, box: Box, x: np.ndarray, *, timeout_ms: int = 5000, **parameters):
+    tensor = oip.Tensor("x", "FP32", x.shape, x.astype("<f4").tobytes())
+    parts, headers = oip.render_request_parts([tensor], timeout_us=timeout_ms * 1000, **parameters)
+    async with session.post(f"{box.url}/v2/models/m/infer", data=b"".join(parts), headers=headers) as response:
+        body = await response.read()
+        if response.status != 200:
+            return response.status, json.loads(body)["error"], response.headers
+        answer = oip.parse_answer(body, response.headers.get(oip.HEADER_LENGTH))
+        return 200, {output.name: np.frombuffer(output.data, "<f4").reshape(output.shape) for output in answer.outputs}, response.headers
+
+
+def held_bytes(box: Box) -> list[int]:
+    """Of the memory shared with each replica."""
+    return [r.connection.arena.held_bytes for r in box.service.routes()[0].pool._connected if r.connection and r.connection.arena]
+
+
+def test_large_tensors_go_both_ways_in_shared_memory_and_nothing_stays_held(tmp_path, doubler):
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, doubler, 2) as replicas:
+            await replicas.serve(here)
+            images = [np.random.default_rng(seed).random((2, 60_000), "f4") for seed in range(6)]
+            for _ in range(4):
+                for image, (status, outputs, _) in zip(
+                    images, await asyncio.gather(*(infer(session, here, image) for image in images)), strict=True
+                ):
+                    assert status == 200
+                    assert np.array_equal(outputs["y"], image * 2)
+            await asyncio.sleep(0.05)
+            assert held_bytes(here) == [0, 0]
+            given_up = [asyncio.create_task(infer(session, here, image)) for image in images]
+            await asyncio.sleep(0.002)
+            for task in given_up:
+                task.cancel()
+            await asyncio.gather(*given_up, return_exceptions=True)
+            await asyncio.sleep(0.3)
+            assert held_bytes(here) == [0, 0]
+
+    run(scene())
+
+
+def test_a_replica_that_is_frozen_or_killed_under_load_costs_time_and_no_request(tmp_path, doubler):
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, doubler, 2) as replicas:
+            await replicas.serve(here)
+            x = np.ones((1, 30_000), "f4")
+            for _ in range(20):
+                assert (await infer(session, here, x))[0] == 200
+            for signum in (signal.SIGSTOP, signal.SIGKILL):
+                asked = [asyncio.create_task(infer(session, here, x, timeout_ms=2000)) for _ in range(20)]
+                await asyncio.sleep(0.01)
+                os.kill(replicas.processes[0].pid, signum)
+                asked += [asyncio.create_task(infer(session, here, x, timeout_ms=2000)) for _ in range(20)]
+                answers = await asyncio.gather(*asked)
+                assert [status for status, *_ in answers] == [200] * 40
+                assert all(np.array_equal(outputs["y"], x * 2) for _, outputs, _ in answers)
+            assert held_bytes(here) == [0]
+
+    run(scene())
+
+
+def test_what_must_not_be_done_twice_is_not_tried_again(tmp_path):
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session):
+            await here.serve()
+            here.worker.delay_s = 0.3
+            asked = asyncio.create_task(
+                session.post(
+                    f"{here.url}/v2/models/echo/infer",
+                    json={"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}], "parameters": {"idempotent": False}},
+                )
+            )
+            await asyncio.sleep(0.1)
+            await here.worker.die()
+            await here.worker.start()
+            async with await asked as response:
+                assert response.status == 500
+                assert "must not be tried again" in (await response.json())["error"]
+            assert here.worker.calls == 1
+
+    run(scene())
+
+
+def test_sequences_keep_their_state_apart_and_say_when_it_is_lost(tmp_path, adder):
+    state = codec.encode([StateTensor("before", "after")]).decode()
+
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, adder, 2, "--state", state) as replicas:
+            await replicas.serve(here)
+
+            async def step(name: str, x: float, *, start: bool = False, end: bool = False):
+                sequence = oip.SequenceStep(name, start, end)
+                status, outputs, _ = await infer(session, here, np.array([x], "f4"), sequence=sequence, outputs=["total"])
+                return (status, float(outputs["total"][0])) if status == 200 else (status, outputs)
+
+            totals = {}
+            for name in ("a", "b", "c", "d"):
+                assert await step(name, 1.0, start=True) == (200, 1.0)
+                totals[name] = 1.0
+            for round_ in range(2, 6):
+                answers = await asyncio.gather(*(step(name, float(round_)) for name in totals))
+                totals = {name: total + round_ for name, total in totals.items()}
+                assert [total for _, total in answers] == list(totals.values())
+            status, words = await step("never-started", 1.0)
+            assert status == 409
+            assert "start it anew" in words
+            pins = dict(here.service.routes()[0].pool._pins)
+            assert {pins[name] for name in totals} == {"r0", "r1"}, "they are spread"
+            replicas.processes[0].kill()
+            await asyncio.sleep(0.1)
+            for name, total in totals.items():
+                status, said = await step(name, 1.0)
+                if pins[name] == "r0":
+                    assert status == 409
+                    assert "interrupted" in said
+                else:
+                    assert (status, said) == (200, total + 1.0)
+                    assert await step(name, 1.0, end=True) == (200, total + 2.0)
+                    assert (await step(name, 1.0))[0] == 409, "it has ended"
+
+    run(scene())
+
+
+def test_requests_share_runs_where_it_pays_and_each_gets_its_own_answer(tmp_path, doubler):
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, doubler, 1) as replicas:
+            await replicas.serve(here, batching=Batching(max_batch=8, max_wait_us=2000))
+            for round_ in range(10):
+                asked = [np.full((1, 5), round_ * 100 + number, "f4") for number in range(24)]
+                answers = await asyncio.gather(*(infer(session, here, x) for x in asked))
+                assert [said for status, said, _ in answers if status != 200] == []
+                assert all(np.array_equal(outputs["y"], x * 2) for x, (_, outputs, _) in zip(asked, answers, strict=True))
+            wrong = infer(session, here, np.ones((1, 5, 1), "f4"))
+            status, right, refused = *(await asyncio.gather(infer(session, here, asked[0]), wrong)), None
+            assert (status[0], right[0], refused) == (200, 400, None)
+            runs = here.service.routes()[0].account.runs
+            assert max(runs) > 1
+            assert max(runs) <= 8
+
+    run(scene())
+
+
+def test_a_cloud_that_hangs_costs_no_request_and_is_left_alone_until_it_answers_again(tmp_path):
+    async def scene():
+        async with fleet(tmp_path) as (here, cloud, session):
+            await here.serve(cloud, split="cloud")
+            await cloud.serve()
+
+            async def ask():
+                x = [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]
+                body = {"inputs": x, "parameters": {"timeout": 600_000}}
+                began = time.perf_counter()
+                async with session.post(f"{here.url}/v2/models/echo/infer", json=body) as response:
+                    took_ms = (time.perf_counter() - began) * 1000
+                    return response.status, response.headers.get("Skerry-Served-By"), response.headers["Skerry-Reason"], took_ms
+
+            first = [await ask() for _ in range(5)]
+            assert [by for _, by, *_ in first].count("cloud") >= 3, first  # the others were overdue on a busy machine
+            cloud.worker.delay_s = 3.0
+            answers = [await ask() for _ in range(6)]
+            assert [(status, by) for status, by, *_ in answers] == [(200, "edge")] * 6
+            assert all(took_ms < 600 for *_, took_ms in answers)
+            async with session.get(f"{here.url}/v2/models/echo/decision") as response:
+                considered = (await response.json())["numbers"]["upstreams"]
+            assert [one["why_not"] for one in considered] == ["its circuit is open"]
+            cloud.worker.delay_s = 0.0
+            async with asyncio.timeout(25):
+                while (await ask())[1] != "cloud":
+                    await asyncio.sleep(0.2)
+
+    run(scene())
+
+
+def test_the_cloud_budget_is_never_exceeded_by_several_processes_nor_by_starting_again(tmp_path):
+    async def scene():
+        file, budget = tmp_path / "budget.json", CloudBudget(requests_per_hour=50)
+        taken = 0
+        for _ in range(4):  # each pair stands for two processes that are then killed
+            pair = [Budgets(file), Budgets(file)]
+            for budgets in pair:
+                budgets.update({"m": budget})
+            for _ in range(40):
+                await asyncio.sleep(0.005)
+                for budgets in pair:
+                    if budgets.has("m", 100):
+                        taken += budgets.reserve("m", 100) is not None
+        assert 30 <= taken <= 50
+
+    run(scene())
+
+
+def test_a_spent_budget_keeps_requests_here_and_the_box_says_so(tmp_path):
+    async def scene():
+        async with fleet(tmp_path) as (here, cloud, session):
+            upstream = Upstream("cloud-1", cloud.url, "cloud")
+            route = Route(
+                "echo", "echo", 1, 1000, split="cloud", upstreams=[upstream], replicas=[LocalReplica("r-0", str(here.worker.path))],
+                cloud_budget=CloudBudget(requests_per_hour=3),
+            )  # fmt: skip
+            here.service.update(RouteTable(1, [route]))
+            await asyncio.sleep(0.3)
+            x = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}
+            by = []
+            for _ in range(8):
+                async with session.post(f"{here.url}/v2/models/echo/infer", json=x) as response:
+                    by.append(response.headers["Skerry-Served-By"])
+                await asyncio.sleep(0.05)
+            assert by.count("cloud") <= 3
+            assert by[-1] == "edge"
+            async with session.get(f"{here.url}/v2/models/echo/decision?deadline_ms=1000") as response:
+                decision = await response.json()
+            assert [one["why_not"] for one in decision["numbers"]["upstreams"]] == ["the cloud budget of this hour is spent"]
+            assert decision["recent"]
+
+    run(scene())
+
+
+def test_the_least_urgent_make_way_when_the_queue_is_full(tmp_path):
+    async def scene():
+        async with fleet(tmp_path, queue_limit=3) as (here, _, session):
+            await here.serve()
+            here.worker.delay_s = 0.1
+
+            async def ask(priority: int) -> int:
+                x = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}
+                x["parameters"] = {"priority": priority, "timeout": 5_000_000}
+                async with session.post(f"{here.url}/v2/models/echo/infer", json=x) as response:
+                    return response.status
+
+            low = [asyncio.create_task(ask(0)) for _ in range(6)]
+            await asyncio.sleep(0.03)
+            high = [asyncio.create_task(ask(1)) for _ in range(3)]
+            assert await asyncio.gather(*high) == [200] * 3
+            statuses = await asyncio.gather(*low)
+            assert statuses.count(503) >= 3
+            assert here.service.routes()[0].account.shed >= 1
+
+    run(scene())
+
+
+def test_a_shape_of_no_rows_and_a_scalar_are_answered_or_refused(tmp_path, doubler):
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, doubler, 1) as replicas:
+            await replicas.serve(here, batching=Batching(max_batch=4))
+            assert (await infer(session, here, np.ones((0, 5), "f4")))[0] in (200, 400)
+            assert (await infer(session, here, np.ones((), "f4")))[0] == 400
+            with contextlib.suppress(aiohttp.ClientError):
+                assert (await infer(session, here, np.ones((1, 5), "f4")))[0] == 200
+
+    run(scene())

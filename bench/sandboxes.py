@@ -66,7 +66,7 @@ class Question:
     def __init__(self, model: Path, tensors: list[oip.Tensor]) -> None:
         self.tensors = tensors
         heads = ipc.heads_of(tensors)
-        self.frame = b"".join(bytes(part) for part in ipc.frame(ipc.Call(1, heads), [tensor.data for tensor in tensors]))
+        self.frame = b"".join(bytes(part) for part in ipc.frame(ipc.Batch([ipc.Call(1, heads)]), [tensor.data for tensor in tensors]))
         feeds = [(t.name, oip.NUMPY_DTYPES[t.datatype], t.shape, bytes(t.data).hex()) for t in tensors]
         said = subprocess.run(
             [sys.executable, "-c", TRUTH, str(model)], input=json.dumps(feeds), capture_output=True, text=True, check=True, timeout=WITHIN_S
@@ -115,7 +115,8 @@ class Caller:
     def ask_and_check(self) -> None:
         """Ask once; raises unless the answer is right."""
         header, body = self.ask()
-        self._question.check(ipc.parse_header(header, ipc.Answer), body)
+        (answer,) = ipc.parse_header(header, ipc.Answers).answers
+        self._question.check(answer, body)
 
     def close(self) -> None:
         """Hang up."""

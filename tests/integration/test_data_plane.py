@@ -115,12 +115,12 @@ def test_a_replica_that_is_frozen_or_killed_under_load_costs_time_and_no_request
             for _ in range(20):
                 assert (await infer(session, here, x))[0] == 200
             for signum in (signal.SIGSTOP, signal.SIGKILL):
-                asked = [asyncio.create_task(infer(session, here, x, timeout_ms=2000)) for _ in range(20)]
+                asked = [asyncio.create_task(infer(session, here, x)) for _ in range(20)]
                 await asyncio.sleep(0.01)
                 os.kill(replicas.processes[0].pid, signum)
-                asked += [asyncio.create_task(infer(session, here, x, timeout_ms=2000)) for _ in range(20)]
+                asked += [asyncio.create_task(infer(session, here, x)) for _ in range(20)]
                 answers = await asyncio.gather(*asked)
-                assert [status for status, *_ in answers] == [200] * 40
+                assert [said for status, said, _ in answers if status != 200] == []
                 assert all(np.array_equal(outputs["y"], x * 2) for _, outputs, _ in answers)
             assert held_bytes(here) == [0]
 

@@ -189,7 +189,8 @@ class World:
             for caller in self.callers:
                 with contextlib.suppress(*GONE, ssl.SSLError):
                     await caller.writer.wait_closed()
-                caller.writer.transport.abort()  # what is still being written holds uvloop up for ever when it is closed
+                with contextlib.suppress(AttributeError):  # asyncio's transports can't be aborted once they are closed
+                    caller.writer.transport.abort()  # what is still being written holds uvloop up for ever when it is closed
             self.app.may_go_on.set()
             await self.until(lambda: not self.server.connections)
             await self.until(lambda: not self.app.running)

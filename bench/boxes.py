@@ -196,6 +196,8 @@ def in_all_ways(of: Path, *, processes: int = 1) -> dict[str, object]:
         settings["http_socket"] = str(of / "h.sock")
     if has_setting("processes"):
         settings["processes"] = processes
+    if has_setting("shared_memory"):
+        settings["shared_memory"] = processes == 1  # a region is known to the one process that it was registered with
     return settings
 
 

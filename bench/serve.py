@@ -6,7 +6,8 @@
 Concurrency 1 is latency: blocks of ``--block`` requests in rotation over the servers, each with one replica of each model, so that all
 see the same noise; ``added`` is a server's quantile less that of bare ONNX Runtime in the same rotation. A larger concurrency is
 throughput: ``--replicas`` of each model, blocks of ``--seconds`` in rotation, the median of ``--turns``; bare ONNX Runtime is so many
-processes of its own. A line of JSON for each server, model and concurrency goes to standard output, a table and the bars to standard error.
+processes of its own, which run just before each server's block, so that a share is one of the same moment. A line of JSON for each
+server, model and concurrency goes to standard output, a table and the bars to standard error.
 
 A server that uses a core while nobody asks it anything is measured in a rotation of its own, beside bare ONNX Runtime alone. The client
 takes time from the same cores unless it is given its own: ``client_cpu_s`` says how much.
@@ -84,12 +85,12 @@ def ours(bench: Bench, wanted: list[str], *, folder: Path, replicas: int) -> Ite
         box = stack.enter_context(boxes.box(folder, bench.driver, bench.models, replicas=replicas))
         settings = boxes.in_all_ways(folder, processes=processes)
         second = box.gateway
-        if settings and (processes > 1 or not {"skerry-uds", "skerry-grpc"}.isdisjoint(wanted)):
+        if settings and (processes > 1 or not set(wanted) <= {"skerry"}):
             second = stack.enter_context(boxes.further_gateway(folder, "second", boxes.usual_routes(box), **settings))
         first = second if processes > 1 else box.gateway
         servers = []
         for name in wanted:
-            gateway = first if name in ("skerry", "skerry-shm") else second
+            gateway = first if name == "skerry" else second
             try:
                 targets = {model.name: stack.enter_context(_our_target(name, gateway, model)) for model in bench.models}
             except shm.NotOffered as exc:
@@ -308,27 +309,34 @@ def throughput(bench: Bench, servers: list[Server], connections: int) -> None:
     """Every model with so many connections."""
     arguments = bench.arguments
     for model in [model for model in bench.models if model.name in arguments.throughput_models]:
-        blocks: dict[str, list[Block]] = {BARE: [], **{server.name: [] for server in servers}}
+        blocks: dict[str, list[Block]] = {server.name: [] for server in servers}
+        beside: dict[str, list[Block]] = {server.name: [] for server in servers}
         with contextlib.closing(BareProcesses(model, arguments.replicas, folder=bench.folder, cores=arguments.cores)) as bare:
             for _ in range(arguments.turns):
-                blocks[BARE].append(Block(bare.per_second(arguments.seconds)))
                 for server in list(servers):
+                    alone = Block(bare.per_second(arguments.seconds))
                     try:
                         blocks[server.name].append(one_block(bench, server, model, connections))
                     except Exception as exc:  # noqa: BLE001 - another's server may fail in any way, and the run goes on
                         bench.absent[server.name] = f"failed at concurrency {connections}: {str(exc)[:200]}"
                         servers.remove(server)
                         blocks.pop(server.name)
-        bare_per_s = statistics.median(block.per_second for block in blocks[BARE])
+                        continue
+                    beside[server.name].append(alone)
+        every = [block for name in blocks for block in beside[name]]
+        if every:
+            bench.told(server=BARE, model=model.name, concurrency=connections, **throughput_row(every, every, arguments))
         for name, found in blocks.items():
-            bench.told(server=name, model=model.name, concurrency=connections, **throughput_row(found, bare_per_s, arguments))
+            bench.told(server=name, model=model.name, concurrency=connections, **throughput_row(found, beside[name], arguments))
 
 
-def throughput_row(found: list[Block], bare_per_s: float, arguments: argparse.Namespace) -> dict[str, object]:
-    """Medians over blocks. ``share_of_bare`` is as measured; ``share_less_client`` leaves out what the client took of the same cores."""
+def throughput_row(found: list[Block], bare: list[Block], arguments: argparse.Namespace) -> dict[str, object]:
+    """Medians over blocks. ``share_of_bare`` is that of bare ONNX Runtime just before, as measured; ``share_less_client`` leaves out what
+    the client took of the same cores."""
     per_second = statistics.median(block.per_second for block in found)
+    share = statistics.median(block.per_second / alone.per_second for block, alone in zip(found, bare, strict=True))
     row: dict[str, object] = {
-        "replicas": arguments.replicas, "per_second": round(per_second, 1), "share_of_bare": round(per_second / bare_per_s, 4),
+        "replicas": arguments.replicas, "per_second": round(per_second, 1), "share_of_bare": round(share, 4),
     }  # fmt: skip
     if not found[0].answered:
         return row
@@ -337,7 +345,7 @@ def throughput_row(found: list[Block], bare_per_s: float, arguments: argparse.Na
     cores = len(arguments.cores or os.sched_getaffinity(0))
     if not arguments.client_cores or set(arguments.client_cores) & set(arguments.cores or os.sched_getaffinity(0)):
         left = 1 - client_s / (cores * arguments.seconds * len(found))
-        row["share_less_client"] = round(per_second / (bare_per_s * left), 4)
+        row["share_less_client"] = round(share / left, 4)
     return row | {
         "p50_ms": round(statistics.median(block.p50_ms for block in found), 3),
         "p99_ms": round(statistics.median(block.p99_ms for block in found), 3),

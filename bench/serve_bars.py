@@ -15,21 +15,26 @@ TINY_P50_MS, TINY_P99_MS, IMAGE_P50_MS = 0.27, 1.0, 0.75
 IMAGE = "shufflenet"
 HALF, THIRD = 0.5, 1 / 3
 SHARE_OF_BARE = 0.95
+BELIEVABLE_SHARE = 1.1
+"""No server is faster than what it runs: beyond this, other work on the machine was what differed, and nothing is said."""
 PER_CORE_SECOND = 8000
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """One promise: what was found, what it had to be at most (or at least), and whether it is; None where it was not measured."""
+    """One promise: what was found, what it had to be at most (or at least), and whether it is."""
 
     what: str
     found: float | None
     bar: float | None
     at_most: bool = True
+    most_believable: float | None = None
 
     @property
     def reached(self) -> bool | None:
-        """Whether it is kept."""
+        """Whether it is kept; None where that can't be said."""
         if self.found is None or self.bar is None:
+            return None
+        if self.most_believable is not None and self.found > self.most_believable:
             return None
         return self.found <= self.bar if self.at_most else self.found >= self.bar
 
@@ -74,12 +79,12 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
     core = value(rows, OURS, "tiny", "per_front_core_second", is_latency=False)
     return [
         *found,
-        Bar(f"{IMAGE}: share of bare", value(rows, OURS, IMAGE, "share_of_bare", is_latency=False), SHARE_OF_BARE, at_most=False),
-        Bar(
-            f"{IMAGE}: share of bare, less what the client took of the cores",
-            value(rows, OURS, IMAGE, "share_less_client", is_latency=False),
-            SHARE_OF_BARE,
-            at_most=False,
+        *(
+            Bar(what, value(rows, OURS, IMAGE, key, is_latency=False), SHARE_OF_BARE, at_most=False, most_believable=BELIEVABLE_SHARE)
+            for what, key in (
+                (f"{IMAGE}: share of bare", "share_of_bare"),
+                (f"{IMAGE}: share of bare, less what the client took of the cores", "share_less_client"),
+            )
         ),
         Bar(f"{IMAGE}: requests/s above FastAPI's", throughput, max(theirs, default=None), at_most=False),
         Bar("tiny: requests by second of the gateway's core", core, PER_CORE_SECOND, at_most=False),
@@ -114,7 +119,7 @@ def table(rows: Sequence[Row], absent: dict[str, str]) -> str:
 
 def bars_table(found: Sequence[Bar]) -> str:
     """Each promise in a line."""
-    words = {True: "reached", False: "NOT REACHED", None: "not measured"}
+    words = {True: "reached", False: "NOT REACHED", None: "can't be said"}
     lines = [
         f"  {bar.what:<66} {'-' if bar.found is None else f'{bar.found:.3f}':>10}"
         f" {'<=' if bar.at_most else '>='} {'-' if bar.bar is None else f'{bar.bar:.3f}':<10} {words[bar.reached]}"

@@ -16,6 +16,16 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: str
     public_url: str
     broker: Broker
+    certificate_days: Annotated[float, msgspec.Meta(ge=0.001, le=365)] = 7.0
+    """How long the certificates of boxes last; they renew theirs after two thirds of it."""
+    revoked_list_file: Path | None = None
+    """Where the list of revoked certificates is written for the broker; ``state_dir/ca/revoked.pem`` where none is named."""
+    broker_hosts: list[str] = []
+    """Names and addresses by which boxes reach the broker, for its certificate; where none is given, ``broker.host``."""
+    require_enrolled: bool = False
+    """Pass over what boxes say that did not enrol. A broker that asks for certificates turns them away itself."""
+    tls: bool = False
+    """Serve HTTPS with a certificate of the fleet's own authority, made at each start for the host of ``public_url``."""
     model_limit_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 4 * 2**30
     """Largest model that may be pushed."""
     queue: Annotated[int, msgspec.Meta(ge=100, le=1_000_000)] = 20_000

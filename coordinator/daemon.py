@@ -1,17 +1,25 @@
 """The coordinator put together: who calls whom is read here and nowhere else."""
 
 import asyncio
+import ssl
+import time
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from coordinator.api import enrolment as enrolment_calls
 from coordinator.api.access import Access
 from coordinator.api.answers import json_answer, problems
 from coordinator.api.calls import CALLS, Calls
+from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.openapi import document
+from coordinator.ca.authority import Authority, AuthorityUnusable
 from coordinator.ca.signer import KeyUnusable, Signer
 from coordinator.commands import Commands
 from coordinator.config import Config
 from coordinator.console import pages
+from coordinator.enrolment import Enrolment
+from coordinator.eviction import Evictions
 from coordinator.housekeeping import Housekeeping
 from coordinator.ingest import Ingest
 from coordinator.live import Live
@@ -24,24 +32,29 @@ from coordinator.registry.migrations import TooNew
 from coordinator.session import FleetSession, Message
 from coordinator.views import Views
 from skerry.runtime import lifecycle, log, sdnotify, settings
+from skerry.wire.identity import ROLES, Subject
 from skerry.wire.messages import Ack, LogsRequest
 
 logger = log.get("coordinator")
 
 SHUTDOWN_S = 3.0
+OWN_CERTIFICATE_MS = 365 * 24 * 3600 * 1000
+"""Looked at on each start."""
 
 
 async def main(config: Config, stop: asyncio.Event) -> None:
     """Run the coordinator until ``stop`` is set."""
     try:
         signer = Signer(config.state_dir)
+        authority = Authority(config.state_dir / "ca", config.fleet, now_ms=_now_ms())
+        own_certificates(config, authority)
         async with Database(config.state_dir / "registry.db") as database:
-            await _serve(config, signer, database, stop)
-    except (KeyUnusable, TooNew) as exc:
+            await _serve(config, signer, authority, database, stop)
+    except (KeyUnusable, AuthorityUnusable, TooNew) as exc:
         raise settings.SettingsError(f"state_dir: {exc}") from exc
 
 
-async def _serve(config: Config, signer: Signer, database: Database, stop: asyncio.Event) -> None:
+async def _serve(config: Config, signer: Signer, authority: Authority, database: Database, stop: asyncio.Event) -> None:
     live, news = Live(), News()
     queue: asyncio.Queue[Message] = asyncio.Queue(maxsize=config.queue)
 
@@ -58,7 +71,29 @@ async def _serve(config: Config, signer: Signer, database: Database, stop: async
     session = FleetSession(config.broker, config.fleet, queue=queue, on_connected=on_connected, on_reply=commands.answered)
     publisher = Publisher(session, signer, database)
     plan_loop = PlanLoop(database, publisher, news, fleet=config.fleet)
-    ingest = Ingest(database, live=live, news=news, ack=ack, replan=plan_loop.wake, rollup_s=config.rollup_s)
+    evictions = Evictions(config.broker, authority, config.fleet, now_ms=_now_ms)
+
+    async def thrown_out(node: str) -> None:
+        plan_loop.wake()
+        await evictions.evict(node)
+
+    enrolment = Enrolment(
+        database,
+        authority,
+        news,
+        fleet=config.fleet,
+        public_url=config.public_url,
+        desired_keys=lambda: (config.state_dir / "signing.pub").read_text().split("\n"),
+        certificate_ms=int(config.certificate_days * 24 * 3600 * 1000),
+        list_file=config.revoked_list_file or config.state_dir / "ca" / "revoked.pem",
+        thrown_out=thrown_out,
+    )
+    await enrolment.begin()
+
+    def admits(node: str) -> bool:
+        return not enrolment.is_thrown_out(node) and (enrolment.is_enrolled(node) or not config.require_enrolled)
+
+    ingest = Ingest(database, live=live, news=news, ack=ack, replan=plan_loop.wake, admits=admits, rollup_s=config.rollup_s)
     housekeeping = Housekeeping(
         database,
         live,
@@ -66,8 +101,9 @@ async def _serve(config: Config, signer: Signer, database: Database, stop: async
         keep_rollups_h=config.keep_rollups_h,
         keep_events=config.keep_events,
         is_connected=lambda: session.is_connected,
+        refresh_list=enrolment.refresh_list,
     )
-    access = Access(config.state_dir)
+    access = Access(config.state_dir, enrolment.is_token)
     views = Views(database, live, fleet=config.fleet, rollup_s=config.rollup_s)
     calls = Calls(
         database=database,
@@ -80,15 +116,18 @@ async def _serve(config: Config, signer: Signer, database: Database, stop: async
         is_connected=lambda: session.is_connected,
         public_url=config.public_url,
     )
-    runner = web.AppRunner(make_app(config, calls, views, access), access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(
+        make_app(config, calls, EnrolmentCalls(enrolment, access), views, access), access_log=None, shutdown_timeout=SHUTDOWN_S
+    )
     await runner.setup()
     try:
         host, port = settings.split_listen(config.listen)
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, ssl_context=_tls(config)).start()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(session.run(stop), name="coordinator.session")
             tasks.create_task(ingest.run(queue, stop), name="coordinator.ingest")
             tasks.create_task(plan_loop.run(stop), name="coordinator.plan")
+            tasks.create_task(evictions.run(stop), name="coordinator.evictions")
             tasks.create_task(housekeeping.run(stop), name="coordinator.housekeeping")
             tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="coordinator.watchdog")
             logger.info("coordinator.up", listen=config.listen, url=config.public_url)
@@ -97,10 +136,36 @@ async def _serve(config: Config, signer: Signer, database: Database, stop: async
         await runner.cleanup()
 
 
-def make_app(config: Config, calls: Calls, views: Views, access: Access) -> web.Application:
+def own_certificates(config: Config, authority: Authority) -> None:
+    """What the coordinator shows to the broker, and to whoever opens its pages, and the broker to boxes: ``ca/coordinator.crt`` and
+    ``ca/broker.crt``, with keys beside them."""
+    host = urlsplit(config.public_url).hostname
+    for role, hosts in (("coordinator", [host] if host else []), ("broker", config.broker_hosts or [config.broker.host])):
+        authority.own(Subject(config.fleet, ROLES[role], role), now_ms=_now_ms(), life_ms=OWN_CERTIFICATE_MS, hosts=hosts)
+    if authority.issuing_ends_in_ms < OWN_CERTIFICATE_MS:
+        days = authority.issuing_ends_in_ms // (24 * 3600 * 1000)
+        logger.error("ca.ends_soon", days=days, hint="bring ca/root.key back and start again: a new issuing certificate is made then")
+
+
+def _tls(config: Config) -> ssl.SSLContext | None:
+    if not config.tls:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    folder = config.state_dir / "ca"
+    context.load_cert_chain(folder / "coordinator.crt", folder / "coordinator.key")
+    return context
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def make_app(config: Config, calls: Calls, joining: EnrolmentCalls, views: Views, access: Access) -> web.Application:
     """The API under ``/v1`` and the console everywhere else."""
     app = web.Application(middlewares=[problems], client_max_size=config.model_limit_bytes)
     app.add_routes([web.route(call.method, call.path, calls.handler(call)) for call in CALLS])
+    app.add_routes([web.route(call.method, call.path, joining.handler(call)) for call in enrolment_calls.CALLS])
     described = document()
 
     async def openapi(_: web.Request) -> web.Response:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from sqlite_utils import Database as Tables
 
@@ -24,7 +24,15 @@ class Housekeeping:
     """Looks every LOOK_S, tidies every TIDY_EVERY looks."""
 
     def __init__(
-        self, database: Database, live: Live, news: News, *, keep_rollups_h: int, keep_events: int, is_connected: Callable[[], bool]
+        self,
+        database: Database,
+        live: Live,
+        news: News,
+        *,
+        keep_rollups_h: int,
+        keep_events: int,
+        is_connected: Callable[[], bool],
+        refresh_list: Callable[[], Awaitable[None]],
     ) -> None:
         self._database = database
         self._live = live
@@ -32,6 +40,7 @@ class Housekeeping:
         self._keep_rollups_h = keep_rollups_h
         self._keep_events = keep_events
         self._is_connected = is_connected
+        self._refresh_list = refresh_list
         self._connected_since_ms = 0
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -43,7 +52,8 @@ class Housekeeping:
                 await self._notice_silence()
                 if looks % TIDY_EVERY == 0:
                     await self._database.write(self._tidy)
-            except RegistryFailed as exc:
+                    await self._refresh_list()
+            except (RegistryFailed, OSError) as exc:
                 logger.error("housekeeping.failed", reason=str(exc))
 
     async def _notice_silence(self) -> None:

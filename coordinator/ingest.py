@@ -46,7 +46,8 @@ class _Settled(msgspec.Struct):
 
 
 class Ingest:
-    """``ack`` sends a box the word that its events are safe; ``replan`` asks the planner to look again."""
+    """``ack`` sends a box the word that its events are safe; ``replan`` asks the planner to look again; what a box says that
+    ``admits`` does not know is passed over."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Ingest:
         news: News,
         ack: Callable[[str, Ack], Awaitable[None]],
         replan: Callable[[], None],
+        admits: Callable[[str], bool],
         rollup_s: int,
     ) -> None:
         self._database = database
@@ -63,6 +65,7 @@ class Ingest:
         self._news = news
         self._ack = ack
         self._replan = replan
+        self._admits = admits
         self._rollup_s = rollup_s
         self._numberings: dict[tuple[str, str], Numbering] = {}
         self._dropped: dict[tuple[str, str], int] = {}
@@ -132,6 +135,8 @@ class Ingest:
             self._replan()
 
     def _decode(self, topic: Topic, payload: bytes) -> tuple[str, msgspec.Struct] | None:
+        if not self._admits(topic.node):
+            return None
         try:
             message: msgspec.Struct = codec.decode(payload, KINDS[topic.branch])
             if isinstance(message, Birth | Reported) and len(codec.encode(message)) > MOST_STORED_BYTES:

@@ -9,7 +9,7 @@ from sqlite_utils import Database as Tables
 from coordinator.core import planner
 from coordinator.news import News
 from coordinator.publish import Publisher
-from coordinator.registry import deployments, models, nodes
+from coordinator.registry import deployments, identity, models, nodes
 from coordinator.registry.database import Database, RegistryFailed
 from coordinator.session import NotConnected
 from skerry.runtime import lifecycle, log
@@ -25,15 +25,18 @@ ENVELOPE_BYTES = 512
 """What signing adds to a document."""
 
 
-def node_of(stored: nodes.Node) -> planner.Node | None:
-    """A box as the planner sees it; None for one that has not said what it is."""
-    if stored.birth is None:
+def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None) -> planner.Node | None:
+    """A box as the planner sees it; None for one that has not said what it is, and for one that was thrown out.
+
+    The labels that it was enrolled with stand above those that it says.
+    """
+    if stored.birth is None or (enrolment is not None and enrolment.revoked_at_ms):
         return None
     birth = stored.birth
     return planner.Node(
         id=stored.id,
         tier=birth.tier,
-        labels=birth.labels,
+        labels=birth.labels | (enrolment.labels if enrolment else {}),
         gateway_url=birth.gateway_url,
         online=stored.online,
         memory_bytes=birth.memory_bytes,
@@ -45,7 +48,8 @@ def node_of(stored: nodes.Node) -> planner.Node | None:
 
 def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
     """Plan and keep the plan; returns the documents that changed."""
-    boxes = [box for stored in nodes.read_nodes(tables) if (box := node_of(stored)) is not None]
+    enrolled = identity.read_enrolled(tables)
+    boxes = [box for stored in nodes.read_nodes(tables) if (box := node_of(stored, enrolled.get(stored.id))) is not None]
     held = {(model.ref.name, model.ref.version): model.ref for model in models.read_models(tables)}
     wanted = [
         planner.Wanted(stored.spec, stored.generation, held.get((stored.spec.model, stored.spec.version)))

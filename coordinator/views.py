@@ -7,7 +7,7 @@ from sqlite_utils import Database as Tables
 
 from coordinator.core.planner import Outcome
 from coordinator.live import Live
-from coordinator.registry import deployments, events, measurements, models, nodes
+from coordinator.registry import deployments, events, identity, measurements, models, nodes
 from coordinator.registry.database import Database
 from coordinator.registry.deployments import Stored
 from coordinator.registry.nodes import Node
@@ -46,7 +46,8 @@ class Views:
         def work(tables: Tables) -> list[NodeView]:
             desired = nodes.read_desired(tables)
             streams = events.read_accounts(tables)
-            return [self._node(node, desired.get(node.id), streams) for node in nodes.read_nodes(tables)]
+            enrolled = identity.read_enrolled(tables)
+            return [self._node(node, desired.get(node.id), streams, enrolled.get(node.id)) for node in nodes.read_nodes(tables)]
 
         return await self._database.read(work)
 
@@ -54,14 +55,17 @@ class Views:
         """One box."""
         return next((node for node in await self.nodes() if node.id == name), None)
 
-    def _node(self, node: Node, desired: Desired | None, streams: list[events.Account]) -> NodeView:
+    def _node(self, node: Node, desired: Desired | None, streams: list[events.Account], enrolment: identity.Enrolment | None) -> NodeView:
         birth, reported = node.birth, node.reported
+        is_out = enrolment is not None and enrolment.revoked_at_ms > 0
         sample = self._live.samples.get(node.id)
         return NodeView(
             id=node.id,
-            state="online" if node.online else "offline" if birth else "new",
+            state="revoked" if is_out else "online" if node.online else "offline" if birth else "new",
             tier=birth.tier if birth else None,
-            labels=birth.labels if birth else {},
+            labels=(birth.labels if birth else {}) | (enrolment.labels if enrolment else {}),
+            is_enrolled=enrolment is not None and not is_out,
+            bound=sorted(enrolment.labels) if enrolment else [],
             gateway_url=birth.gateway_url if birth else "",
             changed_at_ms=node.changed_at_ms,
             heard_at_ms=self._live.heard_at_ms.get(node.id, 0),

@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +23,13 @@ MOST_LINKS = 100
 
 
 class Access:
-    """Tokens lie in ``state_dir/<role>.token``, made on first start, readable by the coordinator's user alone."""
+    """Tokens lie in ``state_dir/<role>.token``, made on first start, readable by the coordinator's user alone.
 
-    def __init__(self, state_dir: Path) -> None:
+    ``is_box`` says whether a token is one that an enrolled box was given.
+    """
+
+    def __init__(self, state_dir: Path, is_box: Callable[[str], bool]) -> None:
+        self._is_box = is_box
         self._tokens: dict[Role, str] = {role: _token(state_dir / f"{role}.token") for role in ROLES}
         self._cookie_key = hashlib.sha256(b"skerry console cookie\0" + self._tokens["operator"].encode()).digest()
         self._links: dict[str, float] = {}
@@ -36,7 +41,7 @@ class Access:
             for role, known in self._tokens.items():
                 if hmac.compare_digest(known.encode(), token.strip().encode(errors="surrogateescape")):
                     return role
-            return None
+            return "box" if self._is_box(token.strip()) else None
         if request.method in ("GET", "HEAD") and self._is_session(request.cookies.get(COOKIE, "")):
             return "operator"
         return None

@@ -4,9 +4,12 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from coordinator.ca.authority import BadRequest
 from coordinator.commands import NoAnswer, TooMany
 from coordinator.core.deployment import DeploymentError
+from coordinator.enrolment import TooManyTries
 from coordinator.model_store import NotTaken
+from coordinator.registry import identity
 from coordinator.registry.database import RegistryFailed
 from coordinator.registry.models import Exists
 from coordinator.session import NotConnected
@@ -49,7 +52,19 @@ def _unanswered(exc: TooMany | NotConnected | NoAnswer) -> tuple[int, Problem]:
             return 504, Problem("no_answer", str(exc), hint="is it still connected? See 'skerry node list'")
 
 
-def _problem_of(exc: Exception) -> tuple[int, Problem]:
+def _not_let_in(exc: BadRequest | identity.Refused | TooManyTries) -> tuple[int, Problem]:
+    """A box that wanted to join, or to stay."""
+    field = str(exc).partition(":")[0]
+    match exc:
+        case BadRequest():
+            return 422, Problem("invalid_request", str(exc), field=field)
+        case identity.Refused():
+            return 403, Problem("refused", str(exc), field=field)
+        case TooManyTries():
+            return 429, Problem("too_many_tries", str(exc))
+
+
+def _problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901 - a table
     match exc:
         case Refused():
             return exc.status, exc.problem
@@ -58,6 +73,8 @@ def _problem_of(exc: Exception) -> tuple[int, Problem]:
         case NotTaken():
             field = "state" if exc.code == "invalid_state" else ""
             return 507 if exc.code == "disk" else 413 if exc.code == "too_large" else 422, Problem(exc.code, str(exc), field=field)
+        case BadRequest() | identity.Refused() | TooManyTries():
+            return _not_let_in(exc)
         case Exists():
             return 409, Problem("version_exists", str(exc))
         case RegistryFailed():

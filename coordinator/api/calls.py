@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,7 +11,7 @@ from aiohttp import web
 from sqlite_utils import Database as Tables
 
 from coordinator.api.access import LINK_S, Access, Role
-from coordinator.api.answers import json_answer, refuse
+from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.commands import Commands
 from coordinator.core import deployment as deployment_file
 from coordinator.model_store import ModelStore
@@ -54,6 +54,8 @@ class Call(msgspec.Struct, frozen=True):
     roles: tuple[Role, ...] = ("operator",)
     body: str = ""
     query: dict[str, str] = {}
+    is_open: bool = False
+    """Without a login: whoever asks proves itself in the body, or is told nothing that a stranger may not know."""
 
 
 CALLS = [
@@ -98,6 +100,21 @@ CALLS = [
 ]  # fmt: skip
 
 
+def checked(access: Access, call: Call, method: Handler) -> Handler:
+    """``method`` behind the check of who calls."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if not call.is_open:
+            role = access.role_of(request)
+            if role is None:
+                raise refuse(401, "not_logged_in", "a token is needed", hint="set SKERRY_TOKEN, or run 'skerry login'")
+            if role not in call.roles:
+                raise refuse(403, "not_allowed", f"this call is for {' or '.join(call.roles)}, the token is a {role}'s")
+        return await method(request)
+
+    return handler
+
+
 class Calls:
     """The handlers of CALLS."""
 
@@ -124,19 +141,9 @@ class Calls:
         self._is_connected = is_connected
         self._public_url = public_url.rstrip("/")
 
-    def handler(self, call: Call) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def handler(self, call: Call) -> Handler:
         """The call's method, behind the check of who calls."""
-        method: Callable[[web.Request], Awaitable[web.StreamResponse]] = getattr(self, call.handler)
-
-        async def checked(request: web.Request) -> web.StreamResponse:
-            role = self._access.role_of(request)
-            if role is None:
-                raise refuse(401, "not_logged_in", "a token is needed", hint="set SKERRY_TOKEN, or run 'skerry login'")
-            if role not in call.roles:
-                raise refuse(403, "not_allowed", f"this call is for {' or '.join(call.roles)}, the token is a {role}'s")
-            return await method(request)
-
-        return checked
+        return checked(self._access, call, getattr(self, call.handler))
 
     async def status(self, _: web.Request) -> web.Response:
         """See CALLS."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.api import enrolment
 from coordinator.api.calls import CALLS, Call
 from skerry import __version__
 from skerry.wire.api import ProblemBody
@@ -12,11 +13,12 @@ from skerry.wire.api import ProblemBody
 
 def document() -> dict[str, Any]:
     """The whole document."""
-    kinds = [call.answer for call in CALLS if call.answer not in (bytes, str)]
+    calls = [*CALLS, *enrolment.CALLS]
+    kinds = [call.answer for call in calls if call.answer not in (bytes, str)]
     schemas, components = msgspec.json.schema_components([*kinds, ProblemBody], ref_template="#/components/schemas/{name}")
     by_kind = dict(zip([str(kind) for kind in [*kinds, ProblemBody]], schemas, strict=True))
     paths: dict[str, Any] = {}
-    for call in CALLS:
+    for call in calls:
         paths.setdefault(call.path, {})[call.method.lower()] = _operation(call, by_kind)
     return {
         "openapi": "3.1.0",
@@ -42,6 +44,8 @@ def _operation(call: Call, by_kind: dict[str, dict[str, Any]]) -> dict[str, Any]
             "default": {"description": "a problem", "content": {"application/json": {"schema": by_kind[str(ProblemBody)]}}},
         },
     }
+    if call.is_open:
+        operation["security"] = []
     if call.body:
         operation["requestBody"] = {"required": True, "content": {call.body: {"schema": {"type": "string"}}}}
     return operation

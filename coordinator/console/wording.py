@@ -37,6 +37,7 @@ NODE_MARKS: dict[str, Mark] = {
     "online": Mark("good", "●", "online"),
     "offline": Mark("bad", "✕", "silent"),
     "new": Mark("idle", "○", "not seen yet"),
+    "revoked": Mark("idle", "⊘", "thrown out"),
 }
 PHASE_MARKS: dict[str, Mark] = {
     "ready": Mark("good", "●", "ready"),

@@ -52,6 +52,20 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     "ALTER TABLE models ADD COLUMN state TEXT NOT NULL DEFAULT '[]'",
     # 3: split.cloud_budget is acted upon
     _read_budgets,
+    # 4: who may join, who did, and the certificates that were issued
+    """
+    CREATE TABLE claims (
+        id TEXT PRIMARY KEY, secret_sha256 TEXT NOT NULL, labels TEXT NOT NULL, node TEXT NOT NULL, tier TEXT NOT NULL,
+        created_at_ms INTEGER NOT NULL, expires_at_ms INTEGER NOT NULL, used_at_ms INTEGER, used_by TEXT, key_sha256 TEXT);
+    CREATE TABLE enrolled (
+        node TEXT PRIMARY KEY, tier TEXT NOT NULL, labels TEXT NOT NULL, key_sha256 TEXT NOT NULL, token_sha256 TEXT NOT NULL UNIQUE,
+        enrolled_at_ms INTEGER NOT NULL, revoked_at_ms INTEGER);
+    CREATE TABLE certificates (
+        serial TEXT PRIMARY KEY, node TEXT NOT NULL, role TEXT NOT NULL, key_sha256 TEXT NOT NULL, not_before_ms INTEGER NOT NULL,
+        not_after_ms INTEGER NOT NULL, revoked_at_ms INTEGER, reason TEXT NOT NULL);
+    CREATE INDEX certificates_by_node ON certificates (node, not_before_ms);
+    CREATE INDEX certificates_by_end ON certificates (not_after_ms);
+    """,
 ]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import aiohttp
 
-from skerry.runtime import backoff, durable, lifecycle, log
+from skerry.runtime import backoff, durable, lifecycle, log, tls
 from skerry.wire.messages import ModelRef
 
 logger = log.get("agent.artifacts")
@@ -36,11 +36,22 @@ class Artifacts:
     """Fetches whatever the warden lacks, one after the other, for as long as it lacks it."""
 
     def __init__(
-        self, *, folder: Path, url: str, token: str, proxy: str, arrived: Callable[[str, str], None], reserve_bytes: int = RESERVE_BYTES
+        self,
+        *,
+        folder: Path,
+        url: str,
+        token: str,
+        proxy: str,
+        ca_file: str = "",
+        own_cert_file: str = "",
+        arrived: Callable[[str, str], None],
+        reserve_bytes: int = RESERVE_BYTES,
     ) -> None:
         self._folder = folder
         self._url = url.rstrip("/")
         self._token = token
+        self._ca_file = ca_file
+        self._own_cert_file = own_cert_file
         self._proxy = proxy or None
         self._arrived = arrived
         self._reserve_bytes = reserve_bytes
@@ -64,7 +75,9 @@ class Artifacts:
         """Fetch until ``stop`` is set."""
         self._folder.mkdir(parents=True, exist_ok=True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout, headers={"Authorization": f"Bearer {self._token}"}) as session:
+        connector = aiohttp.TCPConnector(ssl=tls.client(self._ca_file, own=self._own_cert_file)) if self._url.startswith("https:") else None
+        headers = {"Authorization": f"Bearer {self._token}"}
+        async with aiohttp.ClientSession(timeout=timeout, headers=headers, connector=connector) as session:
             while not stop.is_set():
                 self._changed.clear()
                 now = time.monotonic()

@@ -10,11 +10,15 @@ from skerry.wire.messages import Tier
 
 
 class Coordinator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where models are fetched from. ``proxy`` is an HTTP proxy, where the site has no other way out."""
+    """Where models and certificates are fetched from. ``proxy`` is an HTTP proxy, where the site has no other way out.
+
+    ``ca_file`` holds the root that an ``https`` address is checked against; empty: those of the system.
+    """
 
     url: str
     token_file: Path
     proxy: str = ""
+    ca_file: str = ""
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

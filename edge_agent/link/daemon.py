@@ -10,6 +10,7 @@ import psutil
 from edge_agent.link.artifacts import Artifacts
 from edge_agent.link.commands import Commands
 from edge_agent.link.config import Config
+from edge_agent.link.identity import Identity
 from edge_agent.link.outbox import Outbox, OutboxFailed
 from edge_agent.link.session import Session
 from edge_agent.link.telemetry import Telemetry
@@ -72,6 +73,8 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         folder=config.state_dir / "incoming",
         url=config.coordinator.url,
         token=token,
+        ca_file=config.coordinator.ca_file,
+        own_cert_file=config.broker.cert_file,
         proxy=config.coordinator.proxy,
         arrived=lambda digest, reason: warden.arrived(digest, reason),  # noqa: PLW0108 - made below
     )
@@ -141,6 +144,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         tasks.create_task(warden.run(stop), name="agent.warden")
         tasks.create_task(artifacts.run(stop), name="agent.artifacts")
         tasks.create_task(telemetry.run(stop), name="agent.telemetry")
+        tasks.create_task(Identity(config, say=session.say_event).run(stop), name="agent.identity")
         tasks.create_task(commands.run(stop), name="agent.commands")
         tasks.create_task(session.run(stop), name="agent.session")
         tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="agent.watchdog")

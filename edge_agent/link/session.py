@@ -136,7 +136,9 @@ class Session:
                     codec.encode(Presence(False, self._birth(epoch).boot_id, epoch)),
                     delay_s=self._will_delay_s,
                 )
-                async with mqtt.connected(self._broker, f"{self._fleet}-box-{self._node}", last_will=last_will, queue=QUEUE) as client:
+                async with mqtt.connected(
+                    self._broker, topics.client_id(self._fleet, self._node), last_will=last_will, queue=QUEUE
+                ) as client:
                     was_up, up_at = True, time.monotonic()
                     self.say_event("link.up", self._broker.host, f"session {epoch}, after {time.monotonic() - lost_at:.1f} s")
                     await self._converse(client, epoch, stop)

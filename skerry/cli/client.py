@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import ssl
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,14 +102,20 @@ class Answer(msgspec.Struct, frozen=True):
 def send(method: str, url: str, *, headers: dict[str, str], body: bytes | Upload | None = None, timeout_s: float = TIMEOUT_S) -> Answer:
     """One request. Raises CliError when nobody answers."""
     parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:
         port = parts.port
     except ValueError as exc:
         raise CliError(f"{url!r}: {exc}", exit_code=EXIT_USAGE) from exc
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise CliError(f"{url!r} is not an http:// or https:// address", exit_code=EXIT_USAGE)
-    connection = kind(parts.hostname, port, timeout=timeout_s)
+    if parts.scheme == "https":
+        try:
+            context = ssl.create_default_context(cafile=os.environ.get("SKERRY_CA_FILE") or None)
+        except OSError as exc:
+            raise CliError(f"SKERRY_CA_FILE: {exc}", exit_code=EXIT_USAGE) from exc
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(parts.hostname, port, timeout=timeout_s, context=context)
+    else:
+        connection = http.client.HTTPConnection(parts.hostname, port, timeout=timeout_s)
     path = parts.path + (f"?{parts.query}" if parts.query else "")
     try:
         connection.request(method, path, body=iter(body) if isinstance(body, Upload) else body, headers=headers)
@@ -150,7 +157,7 @@ class Coordinator:
         if answer.status >= 400:
             raise _error_of(answer)
         try:
-            return codec.decode(answer.body, kind, max_bytes=MAX_ANSWER_BYTES)
+            return codec.decode(answer.body or b"null", kind, max_bytes=MAX_ANSWER_BYTES)
         except codec.Malformed as exc:
             raise CliError(
                 f"{self._login.url} answers what this version does not understand: {exc}", hint="is it a Skerry coordinator?"

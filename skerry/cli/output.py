@@ -16,7 +16,7 @@ from skerry.wire.units import format_bytes
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-STATES = {"online": "[green]● online[/]", "offline": "[red]○ silent[/]", "new": "[yellow]◌ new[/]"}
+STATES = {"online": "[green]● online[/]", "offline": "[red]○ silent[/]", "new": "[yellow]◌ new[/]", "revoked": "[red]⊘ thrown out[/]"}
 PHASES = {"ready": "[green]ready[/]", "crash_loop": "[red]crash loop[/]", "failed": "[red]failed[/]", "backoff": "[yellow]backoff[/]"}
 
 

@@ -8,6 +8,7 @@ import aiomqtt
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from skerry.runtime import tls
 from skerry.runtime.settings import Broker, SettingsError
 from skerry.wire.messages import SCHEMA_VERSION
 
@@ -21,12 +22,9 @@ def _tls(broker: Broker) -> ssl.SSLContext | None:
     if not broker.ca_file:
         return None
     try:
-        context = ssl.create_default_context(cafile=broker.ca_file)
-        if broker.cert_file:
-            context.load_cert_chain(broker.cert_file, broker.key_file or None)
-    except OSError as exc:
+        return tls.client(broker.ca_file, broker.cert_file, broker.key_file)
+    except (OSError, ValueError) as exc:
         raise SettingsError(f"broker.ca_file, cert_file or key_file: {exc}") from exc
-    return context
 
 
 def will(topic: str, payload: bytes, *, delay_s: int) -> aiomqtt.Will:

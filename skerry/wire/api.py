@@ -6,7 +6,7 @@ import msgspec
 
 from skerry.wire.messages import Batching, CloudBudget, Gpu, GpuSample, ReplicaReport, Rung, SplitMode, StateTensor, Tier
 
-NodeState = Literal["online", "offline", "new"]
+NodeState = Literal["online", "offline", "new", "revoked"]
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -37,7 +37,8 @@ class Stream(msgspec.Struct, frozen=True):
 
 
 class NodeView(msgspec.Struct, frozen=True):
-    """One box. ``generation`` is what it should do, ``reported_generation`` what it says that it does."""
+    """One box. ``generation`` is what it should do, ``reported_generation`` what it says that it does. ``bound`` names the
+    labels that it was enrolled with and can't change."""
 
     id: str
     state: NodeState
@@ -62,6 +63,8 @@ class NodeView(msgspec.Struct, frozen=True):
     outbox_events: int = 0
     outbox_samples: int = 0
     streams: list[Stream] = []
+    is_enrolled: bool = False
+    bound: list[str] = []
 
 
 class LogsView(msgspec.Struct, frozen=True):

@@ -74,3 +74,8 @@ def parse(topic: str) -> Topic | None:
     branch = "/".join(parts[4:])
     known = branch in UP_BRANCHES or branch == "desired" or (parts[4] == "command" and len(parts) == 6 and parts[5] in VERBS)
     return Topic(parts[2], parts[3], branch) if known else None
+
+
+def client_id(fleet: str, node: str) -> str:
+    """As what a box connects; a broker that goes by certificates makes the node's name of it."""
+    return f"{fleet}-box-{node}"

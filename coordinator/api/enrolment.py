@@ -1,0 +1,108 @@
+"""The calls by which boxes join and stay, and those by which operators let them in and throw them out."""
+
+from typing import TypeVar
+
+from aiohttp import web
+
+from coordinator.api.access import Access
+from coordinator.api.answers import Handler, json_answer, refuse
+from coordinator.api.calls import Call, checked
+from coordinator.enrolment import Enrolment
+from skerry.wire import codec
+from skerry.wire.identity import (
+    CertificateView,
+    ClaimMade,
+    ClaimRequest,
+    ClaimView,
+    Enrolled,
+    EnrollRequest,
+    Renewed,
+    RenewRequest,
+    RevokeRequest,
+    RootView,
+)
+
+T = TypeVar("T")
+
+MOST_BODY_BYTES = 64 * 1024
+JSON = "application/json"
+
+CALLS = [
+    Call(
+        "GET",
+        "/v1/ca",
+        "show_root",
+        "The root certificate; compare its fingerprint with the one that you were told",
+        RootView,
+        is_open=True,
+    ),
+    Call("POST", "/v1/enroll", "enroll", "A box joins, with a claim and a signing request", Enrolled, 201, body=JSON, is_open=True),
+    Call("POST", "/v1/renew", "renew", "A box gets a new certificate for the key of its old one", Renewed, body=JSON, is_open=True),
+    Call("GET", "/v1/claims", "list_claims", "Claims, redeemed or not", list[ClaimView]),
+    Call("POST", "/v1/claims", "make_claim", "A claim with which one box may join, told once", ClaimMade, 201, body=JSON),
+    Call("DELETE", "/v1/claims/{id}", "withdraw_claim", "Take back a claim that nobody redeemed", str, 204),
+    Call("GET", "/v1/nodes/{id}/certificates", "list_certificates", "A box's certificates that have not ended", list[CertificateView]),
+    Call("POST", "/v1/nodes/{id}/revoke", "revoke", "Throw a box out, now", str, 204, body=JSON),
+]
+
+
+class EnrolmentCalls:
+    """The handlers of CALLS."""
+
+    def __init__(self, enrolment: Enrolment, access: Access) -> None:
+        self._enrolment = enrolment
+        self._access = access
+
+    def handler(self, call: Call) -> Handler:
+        """The call's method, behind the check of who calls."""
+        return checked(self._access, call, getattr(self, call.handler))
+
+    async def show_root(self, _: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(self._enrolment.root())
+
+    async def enroll(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._enrolment.enroll(await _body(request, EnrollRequest)), status=201)
+
+    async def renew(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._enrolment.renew(await _body(request, RenewRequest)))
+
+    async def list_claims(self, _: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._enrolment.claims())
+
+    async def make_claim(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._enrolment.make_claim(await _body(request, ClaimRequest)), status=201)
+
+    async def withdraw_claim(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        if not await self._enrolment.withdraw(request.match_info["id"]):
+            raise refuse(404, "not_found", f"there is no claim {request.match_info['id']!r} that nobody redeemed")
+        return web.Response(status=204)
+
+    async def list_certificates(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._enrolment.certificates(request.match_info["id"]))
+
+    async def revoke(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        node = request.match_info["id"]
+        if not await self._enrolment.revoke(node, (await _body(request, RevokeRequest)).reason):
+            raise refuse(404, "not_found", f"no box {node!r} is enrolled", hint="see 'skerry node list'")
+        return web.Response(status=204)
+
+
+async def _body(request: web.Request, kind: type[T]) -> T:
+    """A small JSON body, however much is sent."""
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > MOST_BODY_BYTES:
+            raise refuse(413, "too_large", f"the body is larger than the {MOST_BODY_BYTES} bytes that this call takes")
+    try:
+        return codec.decode(body, kind)
+    except codec.Malformed as exc:
+        raise refuse(422, "invalid_request", str(exc)) from exc

@@ -1,0 +1,402 @@
+"""Who may join: a real coordinator that is its own authority, a real mosquitto that asks for certificates, real agents."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from coordinator.ca.authority import DAY_MS, Authority
+from edge_agent.link import identity
+from skerry.demo.broker import find_mosquitto
+from skerry.wire.identity import Subject
+from tests.conftest import need
+
+FLEET = "north"
+WITHIN_S = 20.0
+UP = ("presence", "birth", "reported", "metrics", "events", "reply")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(happened, within_s: float = WITHIN_S, tell=lambda: ""):
+    """What ``happened`` returns once it is true."""
+    deadline = time.monotonic() + within_s
+    while not (found := happened()):
+        assert time.monotonic() < deadline, tell()
+        time.sleep(0.05)
+    return found
+
+
+class Program:
+    """A process whose words go to a file."""
+
+    def __init__(self, log: Path, *argv: str | Path) -> None:
+        self.log = log
+        with log.open("ab") as file:
+            self.process = subprocess.Popen([str(word) for word in argv], stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+
+
+class Fleet:
+    """A coordinator and a broker in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "coordinator"
+        self.ca = self.state / "ca"
+        self.port, self.broker_port = free_port(), free_port()
+        self.url = f"https://127.0.0.1:{self.port}"
+        self.programs: dict[str, Program] = {}
+
+    def start_coordinator(self, **more: Any) -> None:
+        settings = {
+            "fleet": FLEET, "state_dir": str(self.state), "listen": f"127.0.0.1:{self.port}", "public_url": self.url, "tls": True,
+            "require_enrolled": True, **more,
+        }  # fmt: skip
+        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+        text += f'[broker]\nhost = "127.0.0.1"\nport = {self.broker_port}\n'
+        text += "".join(f'{key} = "{self.ca}/{name}"\n' for key, name in (
+            ("ca_file", "root.crt"), ("cert_file", "coordinator.crt"), ("key_file", "coordinator.key")))  # fmt: skip
+        config = self.folder / "coordinator.toml"
+        config.write_text(text)
+        self.programs["coordinator"] = Program(self.folder / "coordinator.log", sys.executable, "-m", "coordinator", "--config", config)
+        until(lambda: self.ask("GET", "/healthz", role=None)[0] == 200, tell=(self.folder / "coordinator.log").read_text)
+
+    def start_broker(self) -> None:
+        folder = self.folder / "broker"
+        folder.mkdir(exist_ok=True)
+        acl = [f"pattern write skerry/v1/{FLEET}/%u/{branch}" for branch in UP]
+        acl += [f"pattern read skerry/v1/{FLEET}/%u/desired", f"pattern read skerry/v1/{FLEET}/%u/command/#", "user _coordinator"]
+        acl += [f"topic read skerry/v1/{FLEET}/+/{branch}" for branch in UP]
+        acl += [f"topic write skerry/v1/{FLEET}/+/{branch}" for branch in ("desired", "command/#")]
+        (folder / "acl").write_text("\n".join(acl) + "\n")
+        (folder / "mosquitto.conf").write_text(
+            f"per_listener_settings true\nlistener {self.broker_port} 127.0.0.1\ncafile {self.ca}/trusted.crt\n"
+            f"certfile {self.ca}/broker.crt\nkeyfile {self.ca}/broker.key\ncrlfile {self.ca}/revoked.pem\nrequire_certificate true\n"
+            f"use_identity_as_username true\nuse_username_as_clientid true\nallow_anonymous false\nacl_file {folder}/acl\n"
+            + ("user root\n" if os.geteuid() == 0 else "")
+        )
+        self.programs["broker"] = Program(folder / "mosquitto.log", find_mosquitto() or "", "-c", folder / "mosquitto.conf")
+
+    def stop(self) -> None:
+        for program in reversed(self.programs.values()):
+            program.end()
+
+    def ask(self, method: str, path: str, body: object = None, *, role: str | None = "operator", token: str = "") -> tuple[int, Any]:
+        """Status and JSON of a call."""
+        headers = {"Content-Type": "application/json"}
+        if role:
+            headers["Authorization"] = f"Bearer {(self.state / f'{role}.token').read_text().strip()}"
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, method=method, headers=headers, data=data)
+        try:
+            context = ssl.create_default_context(cafile=str(self.ca / "root.crt"))
+            with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+                content = answer.read()
+                status = answer.status
+        except urllib.error.HTTPError as exc:
+            content, status = exc.read(), exc.code
+        except (OSError, ssl.SSLError):
+            return 0, None
+        try:
+            return status, json.loads(content) if content else None
+        except ValueError:
+            return status, content
+
+    def claim(self, **fields: Any) -> dict[str, Any]:
+        status, made = self.ask("POST", "/v1/claims", fields)
+        assert status == 201, made
+        return dict(made)
+
+    def state_of(self, node: str) -> str:
+        return next((view["state"] for view in self.ask("GET", "/v1/nodes")[1] if view["id"] == node), "")
+
+
+class Box:
+    """A box's agent, and what an operator types on it."""
+
+    def __init__(self, fleet: Fleet, node: str, **more: Any) -> None:
+        self.fleet, self.node = fleet, node
+        self.folder = fleet.folder / node
+        self.folder.mkdir(exist_ok=True)
+        labels = more.get("labels", {})
+        self.config = self.folder / "agent.toml"
+        self.config.write_text(
+            f'fleet = "{FLEET}"\nnode = "{node}"\ntier = "edge"\nstate_dir = "{self.folder}/state"\n'
+            f'warden_socket = "{self.folder}/w.sock"\ngateway_socket = "{self.folder}/g.sock"\ngateway_url = "http://127.0.0.1:9"\n'
+            f"labels = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in labels.items())} }}\nreconnect_most_s = 1\n"
+            f'[broker]\nhost = "127.0.0.1"\nport = {fleet.broker_port}\nkeepalive_s = 4\nca_file = "{self.folder}/id/ca.crt"\n'
+            f'cert_file = "{self.folder}/id/box.crt"\nkey_file = "{self.folder}/id/box.key"\n'
+            f'[coordinator]\nurl = "{fleet.url}"\ntoken_file = "{self.folder}/id/token"\nca_file = "{self.folder}/id/ca.crt"\n'
+        )
+
+    def enroll(self, claim: str, fingerprint: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "edge_agent.link", "enroll", "--config", str(self.config), "--fingerprint", fingerprint,
+             "--trusted-keys", str(self.folder / "trusted.keys")],
+            input=claim, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    def start(self, *before: str) -> Program:
+        program = Program(self.folder / "agent.log", *before, sys.executable, "-m", "edge_agent.link", "--config", self.config)
+        self.fleet.programs[self.node] = program
+        return program
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "agent.log").read_text()
+
+    def certificate(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificate((self.folder / "id" / "box.crt").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory) -> Iterator[Fleet]:
+    need("mosquitto", "" if find_mosquitto() else "not installed")
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"))
+    try:
+        fleet.start_coordinator()
+        fleet.start_broker()
+        yield fleet
+    finally:
+        fleet.stop()
+        shutil.rmtree(fleet.folder, ignore_errors=True)
+
+
+def joined(fleet: Fleet, node: str, **more: Any) -> Box:
+    box = Box(fleet, node, **more)
+    made = fleet.claim(labels={"site": "hull"})
+    done = box.enroll(made["claim"], made["fingerprint"])
+    assert done.returncode == 0, done.stderr
+    box.start()
+    until(lambda: fleet.state_of(node) == "online", tell=lambda: box.log + (fleet.folder / "coordinator.log").read_text())
+    return box
+
+
+def revoked_list_is_read(fleet: Fleet) -> None:
+    """What a path unit beside the broker does when the list changes."""
+    fleet.programs["broker"].process.send_signal(signal.SIGHUP)
+
+
+def test_a_box_joins_with_a_claim_and_a_fingerprint_and_is_online_by_its_certificate(fleet):
+    box = joined(fleet, "box-1")
+    root = x509.load_pem_x509_certificate((box.folder / "id" / "ca.crt").read_bytes())
+    assert hashlib.sha256(root.public_bytes(Encoding.DER)).hexdigest() == fleet.ask("GET", "/v1/ca", role=None)[1]["fingerprint"]
+    assert (box.folder / "id" / "box.key").stat().st_mode & 0o777 == 0o600
+    assert (box.folder / "trusted.keys").read_text() == (fleet.state / "signing.pub").read_text()
+    key = (box.folder / "id" / "box.key").read_bytes().splitlines()[1]
+    assert not [path for path in fleet.state.rglob("*") if path.is_file() and key in path.read_bytes()], "the key left the box"
+
+
+def test_a_label_that_came_with_the_claim_can_not_be_changed_by_the_box(fleet):
+    joined(fleet, "mover", labels={"site": "bank", "colour": "red"})
+    view = fleet.ask("GET", "/v1/nodes/mover")[1]
+    assert view["labels"] == {"site": "hull", "colour": "red"}
+    assert (view["is_enrolled"], view["bound"]) == (True, ["site"])
+
+
+def test_whoever_answers_with_another_root_is_told_nothing(fleet):
+    made = fleet.claim()
+    done = Box(fleet, "wary").enroll(made["claim"], "0" * 64)
+    assert done.returncode == 1
+    assert "fingerprint" in done.stderr
+    assert "nothing was told" in done.stderr
+    assert [view["used_at_ms"] for view in fleet.ask("GET", "/v1/claims")[1] if view["id"] == made["id"]] == [0]
+
+
+def test_a_claim_lets_one_box_in_and_the_same_box_again_if_the_answer_was_lost(fleet):
+    made = fleet.claim()
+    first, second = Box(fleet, "one"), Box(fleet, "two")
+    assert first.enroll(made["claim"], made["fingerprint"]).returncode == 0
+    assert first.enroll(made["claim"], made["fingerprint"]).returncode == 0, "the same key asks again"
+    refused = second.enroll(made["claim"], made["fingerprint"])
+    assert refused.returncode == 1
+    assert "redeemed before" in refused.stderr
+    (first.folder / "id" / "box.key").unlink()
+    refused = first.enroll(made["claim"], made["fingerprint"])
+    assert refused.returncode == 1
+    assert "another key" in refused.stderr
+
+
+def test_a_name_is_given_anew_only_by_a_claim_that_names_it(fleet):
+    box = joined(fleet, "swapped")
+    (box.folder / "id" / "box.key").unlink()
+    made = fleet.claim()
+    refused = box.enroll(made["claim"], made["fingerprint"])
+    assert refused.returncode == 1
+    assert "--name swapped" in refused.stderr
+    other = fleet.claim(node="another")
+    refused = box.enroll(other["claim"], other["fingerprint"])
+    assert refused.returncode == 1
+    assert "'another' alone" in refused.stderr
+    named = fleet.claim(node="swapped")
+    assert box.enroll(named["claim"], named["fingerprint"]).returncode == 0
+    reasons = [view["reason"] for view in fleet.ask("GET", "/v1/nodes/swapped/certificates")[1]]
+    assert sorted(reasons) == ["", "replaced"]
+
+
+def test_a_withdrawn_claim_and_a_guessed_one_let_nobody_in(fleet):
+    made = fleet.claim()
+    assert fleet.ask("DELETE", f"/v1/claims/{made['id']}")[0] == 204
+    assert fleet.ask("DELETE", f"/v1/claims/{made['id']}")[0] == 404
+    box = Box(fleet, "late")
+    for claim in (made["claim"], "skn_00000000_x", "nonsense"):
+        done = box.enroll(claim, made["fingerprint"])
+        assert done.returncode == 1
+        assert "claim:" in done.stderr
+    assert fleet.state_of("late") == ""
+
+
+def test_a_boxs_token_fetches_models_and_nothing_else_and_ends_with_the_box(fleet):
+    box = joined(fleet, "reader")
+    token = (box.folder / "id" / "token").read_text().strip()
+    assert fleet.ask("GET", f"/v1/artifacts/{'0' * 64}", role=None, token=token)[0] == 404
+    assert fleet.ask("GET", "/v1/nodes", role=None, token=token)[0] == 403
+    assert fleet.ask("POST", "/v1/nodes/reader/revoke", {})[0] == 204
+    assert fleet.ask("GET", f"/v1/artifacts/{'0' * 64}", role=None, token=token)[0] == 401
+
+
+def test_a_box_that_is_thrown_out_is_off_the_broker_within_seconds_and_stays_off(fleet):
+    box = joined(fleet, "stolen")
+    pem = (box.folder / "id" / "box.crt").read_text()
+    began = time.monotonic()
+    assert fleet.ask("POST", "/v1/nodes/stolen/revoke", {"reason": "stolen from the van"})[0] == 204
+    revoked_list_is_read(fleet)
+    until(lambda: "link.lost" in box.log, 5, tell=lambda: box.log)
+    assert time.monotonic() - began < 5
+    assert fleet.state_of("stolen") == "revoked"
+    until(lambda: "revoked" in box.log.partition("link.lost")[2], tell=lambda: box.log)
+    assert fleet.programs["stolen"].process.poll() is None, "it goes on by itself"
+    time.sleep(2)
+    assert fleet.state_of("stolen") == "revoked"
+    key = identity.load_key(box.folder / "id" / "box.key")
+    asked = {"certificate": pem, "csr": identity.signing_request(key, "stolen")}
+    status, answer = fleet.ask("POST", "/v1/renew", asked, role=None)
+    assert status == 403
+    assert "revoked" in answer["error"]["message"]
+    kinds = [event["kind"] for event in fleet.ask("GET", "/v1/events?node=stolen")[1]]
+    assert "node.revoked" in kinds
+    assert "node.enrolled" in kinds
+
+
+def test_what_a_box_that_was_thrown_out_still_says_is_passed_over(fleet):
+    """The broker has not read the list yet: only the coordinator knows."""
+    box = joined(fleet, "talker")
+    before = fleet.ask("GET", "/v1/nodes/talker")[1]["version"]
+    assert before
+    assert fleet.ask("POST", "/v1/nodes/talker/revoke", {})[0] == 204
+    until(lambda: box.log.count("link.lost") >= 1, tell=lambda: box.log)
+    time.sleep(3)
+    assert fleet.state_of("talker") == "revoked"
+
+
+def expire(fleet: Fleet, box: Box) -> None:
+    """Give a box a certificate for its key that ended nine days ago."""
+    authority = Authority(fleet.ca, FLEET, now_ms=time.time_ns() // 10**6)
+    key = identity.load_key(box.folder / "id" / "box.key")
+    ten_days_ago = time.time_ns() // 10**6 - 10 * DAY_MS
+    issued = authority.issue(key.public_key(), Subject(FLEET, "box", box.node), now_ms=ten_days_ago, life_ms=DAY_MS)
+    (box.folder / "id" / "box.crt").write_text(issued.chain)
+
+
+def test_a_box_whose_certificate_ended_long_ago_gets_another_by_itself(fleet):
+    box = joined(fleet, "sleeper")
+    fleet.programs["sleeper"].end()
+    until(lambda: fleet.state_of("sleeper") == "offline")
+    expire(fleet, box)
+    before = box.certificate().serial_number
+    box.start()
+    until(lambda: box.certificate().serial_number != before, 40, tell=lambda: box.log)
+    until(lambda: fleet.state_of("sleeper") == "online", tell=lambda: box.log)
+    until(lambda: "certificate.renewed" in [event["kind"] for event in fleet.ask("GET", "/v1/events?node=sleeper")[1]])
+
+
+@pytest.mark.parametrize("clock", ["1970-01-02 00:00:00", "+730d"])
+def test_a_box_whose_clock_is_wrong_by_years_is_online_all_the_same(fleet, clock):
+    program = shutil.which("faketime")
+    need("faketime", "" if program else "not installed")
+    box = joined(fleet, f"clock-{'1970' if clock.startswith('1970') else 'ahead'}")
+    fleet.programs[box.node].end()
+    until(lambda: fleet.state_of(box.node) == "offline")
+    before = len(box.log)
+    argv = [str(program), "-f", f"@{clock}" if clock.startswith("1970") else clock]
+    box.start("env", "FAKETIME_DONT_FAKE_MONOTONIC=1", *argv)
+    until(lambda: fleet.state_of(box.node) == "online", 30, tell=lambda: box.log[before:])
+    timestamps = {json.loads(line)["timestamp"][:4] for line in box.log[before:].splitlines() if line.startswith("{")}
+    assert timestamps
+    assert str(time.gmtime().tm_year) not in timestamps, "the clock was not shifted"
+
+
+def test_a_certificate_of_another_authority_and_another_boxs_key_renew_nothing(fleet, tmp_path):
+    box = joined(fleet, "honest")
+    pem = (box.folder / "id" / "box.crt").read_text()
+    key = ec.generate_private_key(ec.SECP256R1())
+    theirs = {"certificate": pem, "csr": identity.signing_request(key, "honest")}
+    status, answer = fleet.ask("POST", "/v1/renew", theirs, role=None)
+    assert status == 422
+    assert "another key" in answer["error"]["message"]
+    now_ms = time.time_ns() // 10**6
+    foreign = Authority(tmp_path / "ca", FLEET, now_ms=now_ms).issue(
+        key.public_key(), Subject(FLEET, "box", "honest"), now_ms=now_ms, life_ms=DAY_MS
+    )
+    status, answer = fleet.ask("POST", "/v1/renew", {"certificate": foreign.chain, "csr": theirs["csr"]}, role=None)
+    assert status == 422
+    assert "not issued by this fleet" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/enroll", "/v1/renew"])
+def test_what_is_no_request_is_refused_and_the_coordinator_goes_on(fleet, path):
+    pem = "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"
+    bodies: list[object] = [
+        b"", b"[]", b"\xff", b"[" * 20_000, b"{}", {"claim": "skn_a_b", "node": "../x", "csr": pem},
+        {"claim": "skn_a_b", "node": "x", "csr": pem},
+        {"claim": "skn_a_b", "node": "x", "csr": "A" * 20_000}, {"claim": "c" * 300, "node": "x", "csr": pem}, b"x" * 100_000,
+        {"certificate": pem, "csr": pem}, {"certificate": "", "csr": ""},
+    ]  # fmt: skip
+    for body in bodies:
+        status, answer = fleet.ask("POST", path, body, role=None)
+        assert status in (413, 422), (status, answer)
+        assert answer["error"]["message"]
+    assert fleet.ask("GET", "/healthz", role=None)[0] == 200
+
+
+def test_operators_calls_are_for_operators(fleet):
+    for method, path in (
+        ("GET", "/v1/claims"),
+        ("POST", "/v1/claims"),
+        ("POST", "/v1/nodes/x/revoke"),
+        ("GET", "/v1/nodes/x/certificates"),
+    ):
+        assert fleet.ask(method, path, {}, role=None)[0] == 401
+        assert fleet.ask(method, path, {}, role="box")[0] == 403

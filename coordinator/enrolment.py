@@ -4,7 +4,9 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Literal
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from sqlite_utils import Database as Tables
 
 from coordinator.ca.authority import Authority, BadRequest, key_digest, requested_key
@@ -181,21 +183,25 @@ class Enrolment:
         self._count_try()
         subject, certificate = self._authority.judge(request.certificate)
         key, now_ms = requested_key(request.csr), _now_ms()
+        gateway_key = requested_key(request.gateway_csr) if request.gateway_csr else None
         if key_digest(key) != key_digest(certificate.public_key()):
             raise BadRequest("csr: signed with another key than the certificate's")
 
-        def work(tables: Tables) -> str:
+        def work(tables: Tables) -> Renewed:
             held = identity.read_one(tables, subject.name)
             if subject.role != "box" or held is None or held.revoked_at_ms or held.key_sha256 != key_digest(key):
                 raise identity.Refused("certificate: its box was revoked, or enrolled anew with another key")
-            return self._issue(tables, held, key, now_ms)
+            gateways = self._issue(tables, held, gateway_key, now_ms, role="gateway") if gateway_key is not None else ""
+            return Renewed(self._issue(tables, held, key, now_ms), self._authority.root_pem, gateways)
 
-        return Renewed(await self._database.write(work), self._authority.root_pem)
+        return await self._database.write(work)
 
-    def _issue(self, tables: Tables, held: identity.Enrolment, key: object, now_ms: int) -> str:
-        subject = Subject(self._fleet, "box", held.node, held.labels.get(SITE, ""))
-        issued = self._authority.issue(key, subject, now_ms=now_ms, life_ms=self._certificate_ms)  # type: ignore[arg-type]
-        view = CertificateView(issued.serial, held.node, "box", issued.not_before_ms, issued.not_after_ms)
+    def _issue(
+        self, tables: Tables, held: identity.Enrolment, key: EllipticCurvePublicKey, now_ms: int, *, role: Literal["box", "gateway"] = "box"
+    ) -> str:
+        subject = Subject(self._fleet, role, held.node, held.labels.get(SITE, ""))
+        issued = self._authority.issue(key, subject, now_ms=now_ms, life_ms=self._certificate_ms)
+        view = CertificateView(issued.serial, held.node, role, issued.not_before_ms, issued.not_after_ms)
         identity.save_certificate(tables, view, key_sha256=key_digest(key))
         return issued.chain
 

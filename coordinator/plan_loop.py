@@ -14,6 +14,7 @@ from coordinator.registry.database import Database, RegistryFailed
 from coordinator.session import NotConnected
 from skerry.runtime import lifecycle, log
 from skerry.wire import codec
+from skerry.wire.identity import SITE
 from skerry.wire.messages import Desired
 
 logger = log.get("coordinator.plan")
@@ -48,8 +49,9 @@ def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None) -> planner
 
 def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
     """Plan and keep the plan; returns the documents that changed."""
-    enrolled = identity.read_enrolled(tables)
+    enrolled, thrown_out = identity.read_enrolled(tables), identity.read_thrown_out(tables)
     boxes = [box for stored in nodes.read_nodes(tables) if (box := node_of(stored, enrolled.get(stored.id))) is not None]
+    sites = {box.id: box.labels.get(SITE, "") for box in boxes if box.tier == "edge"}  # the cloud hears of all who were thrown out
     held = {(model.ref.name, model.ref.version): model.ref for model in models.read_models(tables)}
     wanted = [
         planner.Wanted(stored.spec, stored.generation, held.get((stored.spec.model, stored.spec.version)))
@@ -61,12 +63,13 @@ def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
     too_large: dict[str, int] = {}
     for node, part in plan.boxes.items():
         old = before.get(node)
-        if old is not None and (old.replicas, old.routes) == (part.replicas, part.routes):
+        revoked = sorted(name for name, site in thrown_out.items() if sites.get(node) in (None, site))
+        if old is not None and (old.replicas, old.routes, old.revoked) == (part.replicas, part.routes, revoked):
             continue
         if old is None and not part.replicas and not part.routes:
             continue
         generation = (old.generation if old else 0) + 1
-        document = Desired(fleet, node, generation, now_ms, part.replicas, part.routes)
+        document = Desired(fleet, node, generation, now_ms, part.replicas, part.routes, revoked)
         size = len(codec.encode(document)) + ENVELOPE_BYTES
         if size > codec.MAX_MESSAGE_BYTES:
             too_large[node] = size

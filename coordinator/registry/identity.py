@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from sqlite_utils import Database as Tables
 
-from skerry.wire.identity import CertificateView, ClaimView
+from skerry.wire.identity import SITE, CertificateView, ClaimView
 
 USED_CLAIMS_KEPT_MS = 30 * 24 * 3600 * 1000
 
@@ -101,10 +101,12 @@ def redeem(
         [node, tier, row["labels"], key_sha256, token_sha256, now_ms],
     )
     tables.execute("UPDATE claims SET used_at_ms = ?, used_by = ?, key_sha256 = ? WHERE id = ?", [now_ms, node, key_sha256, claim_id])
-    tables.execute(
-        "UPDATE certificates SET revoked_at_ms = ?, reason = 'replaced' WHERE node = ? AND revoked_at_ms IS NULL AND key_sha256 <> ?",
-        [now_ms, node, key_sha256],
-    )
+    if any(held["key_sha256"] != key_sha256 for held in same):
+        tables.execute(
+            "UPDATE certificates SET revoked_at_ms = ?, reason = 'replaced'"
+            " WHERE node = ? AND role IN ('box', 'gateway') AND revoked_at_ms IS NULL",
+            [now_ms, node],
+        )
     return Enrolment(node, claim.labels, key_sha256, token_sha256, 0)
 
 
@@ -129,7 +131,7 @@ def revoke(tables: Tables, node: str, *, reason: str, now_ms: int) -> bool:
     """Throw a box out with all its certificates; says whether it was in."""
     changed = tables.execute("UPDATE enrolled SET revoked_at_ms = ? WHERE node = ? AND revoked_at_ms IS NULL", [now_ms, node]).rowcount
     tables.execute(
-        "UPDATE certificates SET revoked_at_ms = ?, reason = ? WHERE node = ? AND role = 'box' AND revoked_at_ms IS NULL",
+        "UPDATE certificates SET revoked_at_ms = ?, reason = ? WHERE node = ? AND role IN ('box', 'gateway') AND revoked_at_ms IS NULL",
         [now_ms, reason or "revoked", node],
     )
     return changed > 0
@@ -161,3 +163,12 @@ def read_revoked(tables: Tables) -> list[tuple[str, int]]:
     """Number and moment of every revoked certificate that has not ended."""
     rows = tables.query("SELECT serial, revoked_at_ms FROM certificates WHERE revoked_at_ms IS NOT NULL ORDER BY revoked_at_ms")
     return [(row["serial"], row["revoked_at_ms"]) for row in rows]
+
+
+def read_thrown_out(tables: Tables) -> dict[str, str]:
+    """Boxes that were thrown out and whose gateway's certificate has not ended, with the site that they were bound to."""
+    rows = tables.query(
+        "SELECT DISTINCT enrolled.node, enrolled.labels FROM enrolled JOIN certificates ON certificates.node = enrolled.node"
+        " WHERE enrolled.revoked_at_ms IS NOT NULL AND certificates.role = 'gateway' AND certificates.revoked_at_ms IS NOT NULL"
+    )
+    return {row["node"]: json.loads(row["labels"]).get(SITE, "") for row in rows}

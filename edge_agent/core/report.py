@@ -101,6 +101,7 @@ def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus]) -> RouteT
             )
             for route in desired.routes
         ],
+        revoked=desired.revoked,
     )
 
 

@@ -26,6 +26,24 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             _check_listen(name, getattr(self, name), may_be_empty=True)
 
 
+class Peers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """This gateway among the fleet's others: how it shows who it is, and where it answers them."""
+
+    key_file: Path
+    """Made by the gateway, and read by it alone."""
+    csr_file: Path
+    """The signing request that the gateway leaves for the agent."""
+    certificate_file: Path
+    """The agent puts it there."""
+    ca_file: Path
+    """The fleet's root certificate."""
+    listen: str = ""
+    """Where other gateways of this site, or with tier `cloud` of every site, are answered; empty: nowhere."""
+
+    def __post_init__(self) -> None:
+        _check_listen("peers.listen", self.listen, may_be_empty=True)
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``/etc/skerry/gateway.toml``."""
 
@@ -40,6 +58,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A Unix socket for callers on this box, HTTP."""
     grpc_socket: Path | None = None
     tls: Tls | None = None
+    peers: Peers | None = None
     processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """How many serve, on the same ports; what is limited below is limited for all together."""
     budget_file: Path | None = None

@@ -8,8 +8,9 @@ from edge_agent.gateway.books import Books
 from edge_agent.gateway.budget import Budgets
 from edge_agent.gateway.config import Config
 from edge_agent.gateway.facts import Facts
+from edge_agent.gateway.fleet import Door, FleetIdentity, Revoked, prepare
 from edge_agent.gateway.ledger import Ledger
-from edge_agent.gateway.listen import Front, Remote, Sockets
+from edge_agent.gateway.listen import Fleetward, Front, Remote, Sockets
 from edge_agent.gateway.processes import Place
 from edge_agent.gateway.regions import Regions
 from edge_agent.gateway.routes import Follower
@@ -33,6 +34,8 @@ RENEW_S = 2.0
 
 def before_loop(config: Config) -> dict[str, object]:
     """Become as many processes as are wanted, while there is neither a thread nor an event loop."""
+    if config.peers is not None:
+        prepare(config.peers, config.node)
     sockets = listen.before_fork(config)
     return {"place": processes.split(config.processes), "sockets": sockets}
 
@@ -45,6 +48,7 @@ async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: So
         Samples(),
         Budgets(config.budget_file or config.socket.with_name("cloud_budget.json")),
     )
+    fleet, revoked = FleetIdentity(config.peers), Revoked()
     books = Books(place, ledger, samples)
     books.resume()
     async with Upstreams(
@@ -52,53 +56,67 @@ async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: So
         proxy=config.upstream_proxy,
         limit=place.share(config.upstream_limit),
         answer_limit_bytes=config.body_limit_bytes,
+        secured=fleet.secured,
     ) as upstreams:
         follower = Follower(config.routes_file)
         service = Service(
             node=config.node, tier=config.tier, upstreams=upstreams, ledger=ledger, budgets=budgets, samples=samples,
             queue_limit=place.share(config.queue_limit), arena_bytes=place.share(config.replica_memory_bytes), look=follower.look,
         )  # fmt: skip
-        follower.use = service.update
+
+        def use(table: RouteTable) -> None:
+            revoked.names = frozenset(table.revoked)
+            service.update(table)
+
+        follower.use = use
         extensions = [*oip.EXTENSIONS, *([oip.SHARED_MEMORY_EXTENSION] if config.shared_memory else [])]
         facts = Facts(service, node=config.node, tier=config.tier, extensions=extensions, accounts=books.accounts)
         regions = Regions(most_bytes=config.body_limit_bytes) if config.shared_memory else None
 
-        def served(*, for_agent: bool) -> http.Server:
+        def served(*, for_agent: bool = False, for_peers: bool = False) -> http.Server:
             api = Api(
                 service,
                 facts,
-                regions=regions,
+                regions=None if for_peers else regions,
                 body_limit_bytes=config.body_limit_bytes,
                 for_agent=for_agent,
                 books=books,
             )
             return http.Server(
-                api, body_limit_bytes=config.body_limit_bytes, memory_limit_bytes=place.share(config.bodies_limit_bytes),
+                Door(api, fleet, config.tier, revoked) if for_peers else api,
+                body_limit_bytes=config.body_limit_bytes, memory_limit_bytes=place.share(config.bodies_limit_bytes),
                 connection_limit=place.share(config.connection_limit),
             )  # fmt: skip
 
-        public, private = served(for_agent=False), served(for_agent=True)
+        public, private = served(), served(for_agent=True)
+        peers = served(for_peers=True)
+        servers = (public, private, peers)
+        fleetward = Fleetward(config.peers.listen if config.peers else "", place, fleet, peers)
         front, remote, over = Front(config, place, sockets, certificates), Remote(config, place, certificates), asyncio.Event()
         try:
             await remote.open(service, facts, regions)
             await front.open(public, private)
+            await fleetward.open()
             follower.look()
             logger.info("gateway.up", listen=config.listen, process=place.number)
             sdnotify.notify("READY=1")
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(follower.follow(over), name="gateway.routes")
-                tasks.create_task(public.sweep(over), name="gateway.sweep")
-                tasks.create_task(private.sweep(over), name="gateway.sweep_private")
+                for one in servers:
+                    tasks.create_task(one.sweep(over), name="gateway.sweep")
                 tasks.create_task(_keep_books(books, service, place, over), name="gateway.books")
                 if certificates is not None:
                     tasks.create_task(_renew(front, stop), name="gateway.certificates")
+                tasks.create_task(_renew(fleetward, stop), name="gateway.fleet")
                 tasks.create_task(lifecycle.feed_watchdog(over, lambda: True), name="gateway.watchdog")
                 await stop.wait()
                 front.close()
-                await asyncio.gather(public.drain(SHUTDOWN_S), private.drain(SHUTDOWN_S), remote.stop(SHUTDOWN_S))
+                fleetward.close()
+                await asyncio.gather(*(one.drain(SHUTDOWN_S) for one in servers), remote.stop(SHUTDOWN_S))
                 over.set()
         finally:
             front.close()
+            fleetward.close()
             await remote.stop(0)
             books.write()
             service.update(RouteTable())
@@ -113,6 +131,6 @@ async def _keep_books(books: Books, service: Service, place: Place, over: asynci
             return
 
 
-async def _renew(front: Front, stop: asyncio.Event) -> None:
+async def _renew(front: Front | Fleetward, stop: asyncio.Event) -> None:
     while not await lifecycle.sleep_until(stop, RENEW_S):
         await front.renew()

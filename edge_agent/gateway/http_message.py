@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from typing import Protocol
@@ -9,6 +10,7 @@ from urllib.parse import unquote
 
 import msgspec
 
+from skerry.wire.identity import Subject
 from skerry.wire.oip import Bytes
 
 
@@ -33,13 +35,18 @@ class PrivateMemory:
 
 
 class Peer(msgspec.Struct):
-    """Who is at the other end. ``address`` is empty for a Unix socket; ``uid`` is the user on this box, if known."""
+    """Who is at the other end. ``address`` is empty for a Unix socket; ``uid`` is the user on this box, if known.
+
+    ``certificate`` (DER) was shown and holds; ``subject`` is whose it is, once somebody asked.
+    """
 
     address: str
     port: int
     local_port: int
     is_local: bool
     uid: int | None = None
+    certificate: bytes = b""
+    subject: Subject | None = None
 
 
 class Head:
@@ -99,4 +106,7 @@ def peer_of(transport: asyncio.Transport) -> Peer:
         return Peer("", 0, 0, is_local=True, uid=uid)
     address, port = (transport.get_extra_info("peername") or ("", 0))[:2]
     local_port = (transport.get_extra_info("sockname") or ("", 0))[1]
-    return Peer(address, port, local_port, is_local=address.removeprefix("::ffff:").startswith("127.") or address == "::1")
+    tls = transport.get_extra_info("ssl_object")
+    shown = tls.getpeercert(binary_form=True) if tls is not None and tls.context.verify_mode == ssl.CERT_REQUIRED else None
+    is_local = address.removeprefix("::ffff:").startswith("127.") or address == "::1"
+    return Peer(address, port, local_port, is_local=is_local, certificate=shown or b"")

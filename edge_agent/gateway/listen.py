@@ -8,6 +8,7 @@ from typing import Any
 from edge_agent.gateway import http
 from edge_agent.gateway.config import Config
 from edge_agent.gateway.facts import Facts
+from edge_agent.gateway.fleet import FleetIdentity
 from edge_agent.gateway.processes import Place
 from edge_agent.gateway.regions import PeerRegions, Regions
 from edge_agent.gateway.service import Service
@@ -17,8 +18,8 @@ from skerry.runtime import activation, settings
 BACKLOG = 1024
 HANDSHAKE_S = 10.0
 """What TLS may take with a client that has just connected."""
-HTTP, HTTPS, LOCAL, PRIVATE = "http", "https", "local", "private"
-"""TCP, TCP with TLS, and the Unix sockets of callers on the box and of the box's own programs."""
+HTTP, HTTPS, LOCAL, PRIVATE, PEERS = "http", "https", "local", "private", "peers"
+"""TCP, TCP with TLS, the Unix sockets of callers on the box and of the box's own programs, and TCP with TLS for other gateways."""
 
 Sockets = dict[str, list[socket.socket]]
 
@@ -71,6 +72,47 @@ class Front:
             for one in sockets:
                 one.close()
         self._sockets.clear()
+
+
+class Fleetward:
+    """HTTP over TLS for other gateways, on a port of its own: from when this gateway has a certificate of the fleet on."""
+
+    def __init__(self, listen: str, place: Place, fleet: FleetIdentity, server: http.Server) -> None:
+        self._listen = listen
+        self._shares_port = place.is_shared
+        self._fleet = fleet
+        self._server = server
+        self._sockets: list[socket.socket] = []
+        self._servers: list[asyncio.AbstractServer] = []
+
+    async def open(self) -> None:
+        """Take the port, and accept callers if there is a certificate. Raises SettingsError."""
+        if self._listen:
+            self._sockets = await asyncio.to_thread(tcp_listeners, PEERS, self._listen, shares_port=self._shares_port)
+            await self._accept()
+
+    async def renew(self) -> None:
+        """Look for a certificate, or the next one; whoever connects from then on sees it."""
+        if await asyncio.to_thread(self._fleet.look):
+            await self._accept()
+
+    async def _accept(self) -> None:
+        old, context = self._servers, self._fleet.server
+        if context is None:
+            return
+        loop = asyncio.get_running_loop()
+        options: dict[str, Any] = {"backlog": BACKLOG, "ssl": context, "ssl_handshake_timeout": HANDSHAKE_S}
+        self._servers = [await loop.create_server(self._server.connection, sock=one.dup(), **options) for one in self._sockets]
+        for server in old:
+            server.close()
+
+    def close(self) -> None:
+        """Accept no more. Connections go on."""
+        for server in self._servers:
+            server.close()
+        for one in self._sockets:
+            one.close()
+        self._servers, self._sockets = [], []
 
 
 class Remote:

@@ -5,8 +5,11 @@ What comes back is as hostile as what comes from a caller: it is bounded, parsed
 
 import asyncio
 import random
+import ssl
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -52,6 +55,13 @@ class Reply(msgspec.Struct, frozen=True):
     remote_ms: float
 
 
+class Secured(msgspec.Struct, frozen=True):
+    """How a box's gateway is reached over TLS: showing what, and whose certificate it must show."""
+
+    context: ssl.SSLContext
+    name: str
+
+
 class _Seen(msgspec.Struct):
     link: Link = Link()
     service: Estimate = Estimate()
@@ -60,9 +70,15 @@ class _Seen(msgspec.Struct):
 
 
 class Upstreams:
-    """An HTTP session to other gateways, with what was learned of each: of its link, and of its deployments."""
+    """An HTTP session to other gateways, with what was learned of each: of its link, and of its deployments.
 
-    def __init__(self, *, node: str, proxy: str, limit: int, answer_limit_bytes: int) -> None:
+    ``secured`` says how a box is reached over TLS, where this gateway has a certificate of the fleet.
+    """
+
+    def __init__(
+        self, *, node: str, proxy: str, limit: int, answer_limit_bytes: int, secured: Callable[[str], Secured | None] = lambda _: None
+    ) -> None:
+        self._secured = secured
         self._node = node
         self._proxy = proxy or None
         self._limit = limit
@@ -162,12 +178,15 @@ class Upstreams:
         )
         body = b"".join(parts)  # once: what lies in shared memory can change while it is sent
         headers |= {FORWARDED: self._node, TIMEOUT: str(int(remaining_ms))}
+        secured: dict[str, Any] = {}
+        if upstream.url.startswith("https:") and (known := self._secured(upstream.node)) is not None:
+            secured = {"ssl": known.context, "server_hostname": known.name}
         started = time.perf_counter()
         try:
             async with (
                 asyncio.timeout(remaining_ms / 1000),
                 self._session.post(
-                    upstream.url.rstrip("/") + path, data=body, headers=headers, proxy=self._proxy, allow_redirects=False
+                    upstream.url.rstrip("/") + path, data=body, headers=headers, proxy=self._proxy, allow_redirects=False, **secured
                 ) as response,
             ):
                 answer = await _read(response, min(self._answer_limit_bytes, most_bytes - len(body)))

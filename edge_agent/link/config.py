@@ -33,6 +33,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway_url: str
     broker: Broker
     coordinator: Coordinator
+    gateway_csr_file: Path | None = None
+    """What the gateway wants signed, and where its certificate goes."""
+    gateway_certificate_file: Path | None = None
     labels: dict[str, str] = {}
     sample_every_s: Annotated[float, msgspec.Meta(ge=0.2, le=3600)] = 10.0
     outbox_events: Annotated[int, msgspec.Meta(ge=100, le=10_000_000)] = 100_000

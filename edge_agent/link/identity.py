@@ -30,7 +30,10 @@ logger = log.get("agent.identity")
 
 TIMEOUT_S = 30.0
 RETRY_FIRST_S, RETRY_MOST_S = 5.0, 3600.0
-LOOK_S = 3600.0
+AGAIN_S = 60.0
+"""Between two requests for the sake of a gateway's new key."""
+LOOK_S = 10.0
+"""A gateway that was put in after the agent started asks for its first certificate."""
 MOST_ANSWER_BYTES = 128 * 1024
 
 
@@ -75,6 +78,9 @@ class Identity:
 
     def _due_in_s(self) -> float:
         now = time.monotonic()
+        is_new = _is_unsigned(self._config.gateway_csr_file, self._config.gateway_certificate_file)
+        if is_new and (self._renewed_at is None or now - self._renewed_at > AGAIN_S):
+            return 0.0
         return renewal.due_in_s(
             life_of(Path(self._config.broker.cert_file)),
             wall_ms=time.time_ns() // 1_000_000,
@@ -84,7 +90,8 @@ class Identity:
 
     async def _renew(self) -> None:
         broker, coordinator = self._config.broker, self._config.coordinator
-        request = RenewRequest(Path(broker.cert_file).read_text(), signing_request(load_key(Path(broker.key_file)), self._config.node))
+        own = signing_request(load_key(Path(broker.key_file)), self._config.node)
+        request = RenewRequest(Path(broker.cert_file).read_text(), own, _text(self._config.gateway_csr_file))
         context: ssl.SSLContext | bool = True
         if coordinator.url.startswith("https:"):
             try:
@@ -105,11 +112,30 @@ class Identity:
         renewed = answer_of(body, Renewed)
         check(renewed.certificate, load_key(Path(broker.key_file)), self._config.node)
         durable.write(Path(broker.cert_file), renewed.certificate.encode(), mode=0o644)
+        if renewed.gateway_certificate and self._config.gateway_certificate_file is not None:
+            durable.write(self._config.gateway_certificate_file, renewed.gateway_certificate.encode(), mode=0o644)
         self._renewed_at = time.monotonic()
         life = life_of(Path(broker.cert_file))
         days = (life.not_after_ms - life.not_before_ms) / 86_400_000
         logger.info("certificate.renewed", days=round(days, 2))
         self._say("certificate.renewed", self._config.node, f"for {days:.3g} days")
+
+
+def _text(path: Path | None) -> str:
+    return path.read_text() if path is not None and path.exists() else ""
+
+
+def _is_unsigned(csr_file: Path | None, certificate_file: Path | None) -> bool:
+    """Whether the gateway has a key that no certificate is there for. What can't be read is not waited for."""
+    if csr_file is None or certificate_file is None or not csr_file.exists():
+        return False
+    try:
+        wanted = x509.load_pem_x509_csr(csr_file.read_bytes()).public_key()
+        held = x509.load_pem_x509_certificate(certificate_file.read_bytes()).public_key() if certificate_file.exists() else None
+    except (OSError, ValueError) as exc:
+        logger.warning("gateway.csr_unreadable", reason=str(exc)[:300])
+        return False
+    return held != wanted
 
 
 def life_of(path: Path) -> Life:

@@ -106,6 +106,7 @@ class RouteTable(msgspec.Struct, frozen=True):
 
     generation: int = 0
     routes: list[Route] = []
+    revoked: list[str] = []
 
 
 class ServeTotals(msgspec.Struct, frozen=True):

@@ -15,10 +15,10 @@ from cryptography.x509.oid import NameOID
 
 from skerry.wire.messages import Tier
 
-Role = Literal["box", "coordinator", "broker"]
+Role = Literal["box", "gateway", "coordinator", "broker"]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 
-ROLES: dict[str, Role] = {"box": "box", "coordinator": "coordinator", "broker": "broker"}
+ROLES: dict[str, Role] = {"box": "box", "gateway": "gateway", "coordinator": "coordinator", "broker": "broker"}
 SITE = "site"
 CLAIM_PREFIX = "skn"
 MOST_PEM_BYTES = 16 * 1024
@@ -29,7 +29,7 @@ Labels = Annotated[
     dict[Annotated[str, msgspec.Meta(max_length=63)], Annotated[str, msgspec.Meta(max_length=255)]], msgspec.Meta(max_length=64)
 ]
 
-_URI = re.compile(r"skerry://([A-Za-z0-9][A-Za-z0-9_-]{0,62})/(box|coordinator|broker)/([A-Za-z0-9][A-Za-z0-9_-]{0,62})")
+_URI = re.compile(r"skerry://([A-Za-z0-9][A-Za-z0-9_-]{0,62})/(box|gateway|coordinator|broker)/([A-Za-z0-9][A-Za-z0-9_-]{0,62})")
 
 
 class NotOurs(ValueError):
@@ -56,18 +56,13 @@ class Subject(msgspec.Struct, frozen=True):
 
     @property
     def common_name(self) -> str:
-        """The name that a broker goes by. No box's begins with an underscore."""
-        return self.name if self.role == "box" else f"_{self.name}"
+        """The name that a broker goes by: a box's own, and for whatever is none one that begins with an underscore, as no box's does."""
+        return self.name if self.role == "box" else f"_{self.role}"
 
     @property
     def dns_name(self) -> str:
-        """The name that TLS clients check."""
-        return dns_name(self.fleet, self.common_name)
-
-
-def dns_name(fleet: str, name: str) -> str:
-    """What a client asks the other side's certificate for; upper and lower case are one here, as in any DNS name."""
-    return f"{name}.{fleet}.skerry".lower()
+        """The name that TLS clients check; upper and lower case are one here, as in any DNS name."""
+        return f"{self.name}.{self.role}.{self.fleet}.skerry".lower()
 
 
 def subject_of(certificate: x509.Certificate) -> Subject:
@@ -150,10 +145,14 @@ class Enrolled(msgspec.Struct, frozen=True):
 
 class RenewRequest(msgspec.Struct, frozen=True):
     """A box that wants a new certificate for the key it has. The request is signed with that key, so that nobody else can ask; a copy
-    of it gets whoever sends it a certificate for a key that is not theirs. The old one may have expired."""
+    of it gets whoever sends it a certificate for a key that is not theirs. The old one may have expired.
+
+    ``gateway_csr`` is the request of the box's gateway, which has a key of its own; empty where it has none.
+    """
 
     certificate: Pem
     csr: Pem
+    gateway_csr: Pem = ""
 
 
 class Renewed(msgspec.Struct, frozen=True):
@@ -161,6 +160,7 @@ class Renewed(msgspec.Struct, frozen=True):
 
     certificate: str
     root: str
+    gateway_certificate: str = ""
 
 
 class RevokeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

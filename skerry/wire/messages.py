@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Moves together with ``wire/schema.json``; sent as the MQTT 5 user property ``schema``."""
 
 Tier = Literal["edge", "cloud"]
@@ -167,6 +167,8 @@ class Desired(msgspec.Struct, frozen=True):
     issued_at_ms: Moment
     replicas: list[ReplicaSpec] = []
     routes: list[RouteSpec] = []
+    revoked: list[str] = []
+    """Boxes that were thrown out, as far as this one could hear of them: its gateway answers theirs no more."""
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from coordinator.ca.authority import DAY_MS, Authority
 from edge_agent.link import identity
 from skerry.demo.broker import find_mosquitto
-from skerry.wire.identity import Subject
+from skerry.wire.identity import Subject, subject_of
 from tests.conftest import need
 
 FLEET = "north"
@@ -160,6 +160,14 @@ class Box:
             f'cert_file = "{self.folder}/id/box.crt"\nkey_file = "{self.folder}/id/box.key"\n'
             f'[coordinator]\nurl = "{fleet.url}"\ntoken_file = "{self.folder}/id/token"\nca_file = "{self.folder}/id/ca.crt"\n'
         )
+
+    def with_gateway(self) -> "Box":
+        """Have the agent see to its gateway's certificate."""
+        text = self.config.read_text()
+        more = f'gateway_csr_file = "{self.folder}/g/gateway.csr"\ngateway_certificate_file = "{self.folder}/id/gateway.crt"\n'
+        self.config.write_text(text.replace("[broker]", f"{more}[broker]"))
+        (self.folder / "g").mkdir()
+        return self
 
     def enroll(self, claim: str, fingerprint: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -340,6 +348,25 @@ def test_a_box_whose_certificate_ended_long_ago_gets_another_by_itself(fleet):
     until(lambda: box.certificate().serial_number != before, 40, tell=lambda: box.log)
     until(lambda: fleet.state_of("sleeper") == "online", tell=lambda: box.log)
     until(lambda: "certificate.renewed" in [event["kind"] for event in fleet.ask("GET", "/v1/events?node=sleeper")[1]])
+
+
+def test_the_agent_has_its_gateways_key_signed_and_it_is_thrown_out_with_the_box(fleet):
+    box = joined(fleet, "with-gateway")
+    fleet.programs[box.node].end()
+    box.with_gateway().start()
+    key = ec.generate_private_key(ec.SECP256R1())
+    (box.folder / "g" / "gateway.csr").write_text(identity.signing_request(key, "any name"))
+    path = box.folder / "id" / "gateway.crt"
+    until(path.exists, 30, tell=lambda: box.log)
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    assert subject_of(certificate) == Subject(FLEET, "gateway", "with-gateway", "hull")
+    assert certificate.public_key() == key.public_key()
+    roles = {view["role"]: view["revoked_at_ms"] for view in fleet.ask("GET", "/v1/nodes/with-gateway/certificates")[1]}
+    assert roles == {"box": 0, "gateway": 0}
+    assert fleet.ask("POST", "/v1/nodes/with-gateway/revoke", {})[0] == 204
+    assert all(view["revoked_at_ms"] for view in fleet.ask("GET", "/v1/nodes/with-gateway/certificates")[1])
+    listed = x509.load_pem_x509_crl((fleet.ca / "revoked.pem").read_bytes())
+    assert listed.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None
 
 
 @pytest.mark.parametrize("clock", ["1970-01-02 00:00:00", "+730d"])

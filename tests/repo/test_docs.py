@@ -19,7 +19,7 @@ from coordinator.api.calls import CALLS
 from coordinator.config import Config as CoordinatorConfig
 from coordinator.core import deployment
 from edge_agent.gateway.config import Config as GatewayConfig
-from edge_agent.gateway.config import Tls
+from edge_agent.gateway.config import Peers, Tls
 from edge_agent.link.config import Config as AgentConfig
 from edge_agent.link.config import Coordinator as AgentsCoordinator
 from edge_agent.warden.config import Config as WardenConfig
@@ -36,6 +36,7 @@ SETTINGS = {
     "Warden": WardenConfig,
     "Gateway": GatewayConfig,
     "Gateway's TLS": Tls,
+    "Gateway's peers": Peers,
     "Coordinator": CoordinatorConfig,
     "Broker": Broker,
 }

@@ -34,7 +34,7 @@ def test_a_certificate_names_its_holder_and_its_chain_leads_to_the_root(authorit
     assert f"{certificate.serial_number:x}" == issued.serial
     root = x509.load_pem_x509_certificate(authority.root_pem.encode())
     verifier = PolicyBuilder().store(Store([root])).time(certificate.not_valid_before_utc)
-    for name in ("box-1.fleet.skerry", "box.example"):
+    for name in ("box-1.box.fleet.skerry", "box.example"):
         assert verifier.build_server_verifier(x509.DNSName(name)).verify(certificate, others)[-1] == root
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7"]

@@ -1,0 +1,173 @@
+"""Who this gateway is to the fleet's other gateways, and whom of them it answers.
+
+It makes its own key, which never leaves it, and leaves a signing request beside it. The agent, which can reach the coordinator, has it
+signed and puts the certificate where the settings say. Until it is there, nothing is passed on over ``https`` and nobody is answered.
+"""
+
+import os
+import ssl
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+
+from edge_agent.core import peers
+from edge_agent.gateway.app import Api, json_response
+from edge_agent.gateway.config import Peers
+from edge_agent.gateway.http_message import Head, Memory, Peer, Response
+from edge_agent.gateway.upstream import FORWARDED, Secured
+from skerry.runtime import durable, log, settings, tls
+from skerry.wire import identity
+from skerry.wire.identity import NotOurs, Subject
+from skerry.wire.messages import Tier
+
+logger = log.get("gateway.fleet")
+
+
+def prepare(config: Peers, node: str) -> None:
+    """See to it that there is a key, and a request to sign it. Raises SettingsError."""
+    try:
+        if not config.key_file.exists():
+            key = ec.generate_private_key(ec.SECP256R1())
+            pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            durable.write(config.key_file, pem, mode=0o600)
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, node)])
+        csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(_load(config.key_file), hashes.SHA256())
+        durable.write(config.csr_file, csr.public_bytes(Encoding.PEM), mode=0o640)
+    except (OSError, ValueError, TypeError) as exc:
+        raise settings.SettingsError(f"peers.key_file: {exc}") from exc
+
+
+class FleetIdentity:
+    """The files of ``[peers]``, as they were last read; nobody, where there is no such table."""
+
+    def __init__(self, config: Peers | None) -> None:
+        self._config = config
+        self._mark: object = None
+        self.subject: Subject | None = None
+        """Who this gateway is, once it is somebody."""
+        self.server: ssl.SSLContext | None = None
+        self._client: ssl.SSLContext | None = None
+        self.look()
+
+    def secured(self, node: str) -> Secured | None:
+        """How a box's gateway is reached over TLS, once this one is somebody."""
+        if self._client is None or self.subject is None:
+            return None
+        return Secured(self._client, Subject(self.subject.fleet, "gateway", node).dns_name)
+
+    def look(self) -> bool:
+        """Read them again if one was replaced; says whether this gateway is somebody new. What does not fit changes nothing."""
+        if self._config is None:
+            return False
+        mark = [_mark(path) for path in (self._config.certificate_file, self._config.ca_file, self._config.key_file)]
+        if mark == self._mark:
+            return False
+        self._mark = mark
+        if not self._config.certificate_file.exists():
+            logger.info("fleet.waiting", certificate_file=str(self._config.certificate_file))
+            return False
+        try:
+            subject = identity.subject_of(x509.load_pem_x509_certificate(self._config.certificate_file.read_bytes()))
+            server, client = _contexts(self._config)
+        except (OSError, ssl.SSLError, ValueError) as exc:
+            logger.error("fleet.not_renewed", reason=str(exc)[:300])
+            return False
+        self.subject, self.server, self._client = subject, server, client
+        logger.info("fleet.known", name=subject.uri, site=subject.site)
+        return True
+
+
+def _contexts(config: Peers) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """For those who come, and for going to them."""
+    files = (str(config.ca_file), str(config.certificate_file), str(config.key_file))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.minimum_version = ssl.TLSVersion.TLSv1_2
+    server.load_cert_chain(files[1], files[2], password="")
+    server.load_verify_locations(files[0])
+    server.verify_mode = ssl.CERT_REQUIRED
+    if not tls.holds(config.certificate_file.read_bytes(), time.time()):
+        tls.forget_time(server)
+    return server, tls.client(*files)
+
+
+class Revoked:
+    """The boxes that were thrown out, as the route table has them."""
+
+    def __init__(self) -> None:
+        self.names: Collection[str] = frozenset()
+
+
+class Door:
+    """What other gateways are answered (``http.Application``): inference that they pass on, if they may, and nothing else."""
+
+    def __init__(self, api: Api, fleet: FleetIdentity, tier: Tier, revoked: Revoked) -> None:
+        self._api = api
+        self._fleet = fleet
+        self._tier = tier
+        self._revoked = revoked
+
+    def begin(self, head: Head) -> Memory | Response | None:
+        """See http.Application."""
+        refusal = self._refusal_of(head)
+        return self._api.begin(head) if refusal is None else refusal
+
+    async def answer(self, head: Head, body: memoryview, memory: Memory | None) -> Response:
+        """See http.Application."""
+        refusal = self._refusal_of(head)
+        if refusal is None:
+            return await self._api.answer(head, body, memory)
+        if memory is not None:
+            memory.release()
+        return refusal
+
+    def refusal(self, status: int, message: str) -> Response:
+        """See http.Application."""
+        return self._api.refusal(status, message)
+
+    def _refusal_of(self, head: Head) -> Response | None:
+        reason = self._why_not(head)
+        return json_response({"error": f"not answered here: {reason}"}, 403) if reason else None
+
+    def _why_not(self, head: Head) -> str:
+        own, caller = self._fleet.subject, _caller(head.peer)
+        if own is None or caller is None:
+            return "no certificate of a fleet was shown"
+        if reason := peers.why_not(caller, own=own, own_tier=self._tier, revoked=self._revoked.names):
+            return reason
+        if head.method != "POST" or not head.path.endswith("/infer"):
+            return "requests for inference are answered here, and nothing else"
+        if head.headers.get(FORWARDED.lower()) != caller.name:
+            return f"the certificate is {caller.name}'s, and {FORWARDED} says otherwise"
+        return ""
+
+
+def _caller(peer: Peer) -> Subject | None:
+    """Whose certificate was shown on this connection; found out once."""
+    if peer.subject is None and peer.certificate:
+        try:
+            peer.subject = identity.subject_of(x509.load_der_x509_certificate(peer.certificate))
+        except (NotOurs, ValueError):
+            peer.certificate = b""
+    return peer.subject
+
+
+def _load(path: Path) -> ec.EllipticCurvePrivateKey:
+    if path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
+        raise ValueError(f"{path}: others may read this key: chmod 600 {path}")
+    key = load_pem_private_key(path.read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"{path}: not a key of the curve P-256")
+    return key
+
+
+def _mark(path: Path) -> object:
+    try:
+        status = path.stat()
+    except OSError as exc:
+        return exc.errno
+    return status.st_mtime_ns, status.st_ino, status.st_size

@@ -42,7 +42,9 @@ def sandbox_spec(name: str, slot: Slot, slots: Slots) -> SandboxSpec:
     argv = host_runtime.worker_argv(kind.cpus, interpreter=IMAGE_INTERPRETER) if kind.image else host_runtime.worker_argv(kind.cpus)
     environment = host_runtime.image_environment(kind.cpus) if kind.image else host_runtime.worker_environment(kind.cpus)
     if replica is not None:
-        argv = host_runtime.with_model(argv, replica.model.warmup, replica.model.state)
+        argv = host_runtime.with_model(
+            argv, replica.model.warmup, replica.model.state, gpu_memory_bytes=replica.gpu_memory_bytes if slot.gpu else 0
+        )
     return SandboxSpec(
         name=name,
         argv=argv,

@@ -1,4 +1,4 @@
-"""``python -m edge_agent.worker --socket PATH [--model FILE] [--threads N] [--warmup JSON] [--state JSON]``
+"""``python -m edge_agent.worker --socket PATH [--model FILE] [--threads N] [--warmup JSON] [--state JSON] [--gpu-memory BYTES]``
 
 Without ``--model`` it imports all that it will need and waits, on ``control.sock`` beside its socket, to be told to load the model that
 will then lie in its model directory.
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads for one inference (default: 1)")
     parser.add_argument("--warmup", default="[]", help="inputs of the warm-up run, JSON: [{name, shape, value}]")
     parser.add_argument("--state", default="[]", help="what is kept between the calls of a sequence, JSON: [{input, output}]")
+    parser.add_argument("--gpu-memory", type=int, default=0, help="bytes of a GPU's memory (default: none, the processor computes)")
     arguments = parser.parse_args()
     try:
         lockdown.before_loading(arguments.socket.parent)
@@ -41,7 +42,7 @@ def main() -> None:
             model, load = MODEL, serve.wait_for_load(arguments.socket.with_name(CONTROL))
         else:
             model, load = arguments.model, _load_of(arguments.warmup, arguments.state)
-        session = Session(model, threads=arguments.threads, warmup=load.warmup, state=load.state)
+        session = Session(model, threads=arguments.threads, warmup=load.warmup, state=load.state, gpu_memory_bytes=arguments.gpu_memory)
         listener = frames.listen(arguments.socket)
         confinement = lockdown.before_serving(session.provider)
     except (LoadFailed, codec.Malformed, lockdown.LockdownFailed) as exc:

@@ -96,6 +96,7 @@ def before_loading(socket_dir: Path) -> int:
     rules = [("/", _READ), ("/tmp", _READ | _WRITE), (str(socket_dir), _READ | _WRITE)]  # noqa: S108 - the sandbox's own
     if Path("/dev/nvidiactl").exists():
         rules.append(("/dev", _READ | _WRITE_FILE | _IOCTL_DEV))
+        rules.append(("/proc/self/task", _READ | _WRITE_FILE | _TRUNCATE))  # CUDA names its threads, or does not start
     return _landlock(rules)
 
 

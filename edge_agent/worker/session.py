@@ -12,8 +12,9 @@ import onnxruntime as ort
 from skerry.wire import ipc, oip
 from skerry.wire.messages import StateTensor, WarmupTensor
 
-PROVIDERS = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-"""Fastest first; ONNX Runtime falls back along the list for operators that a provider lacks."""
+GPU_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
+"""ONNX Runtime falls back to the processor for operators that the GPU's provider lacks. TensorRT's is not asked for: it builds an engine
+for minutes at every load."""
 
 DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -107,10 +108,21 @@ def _check_state(state: Sequence[StateTensor], inputs: list[ipc.TensorSpec], out
             raise LoadFailed(f"state: a tensor is named twice in {ends}")
 
 
+def _providers(gpu_memory_bytes: int) -> list[Any]:
+    """What ONNX Runtime may compute on. What it takes of a GPU's memory for tensors is bounded; the driver's own part of it, some hundred
+    MiB, is not."""
+    if gpu_memory_bytes == 0 or GPU_PROVIDER not in ort.get_available_providers():
+        return [CPU_PROVIDER]
+    ort.preload_dlls()  # CUDA and cuDNN lie in Python packages beside ONNX Runtime, where the dynamic loader does not look
+    return [(GPU_PROVIDER, {"gpu_mem_limit": str(gpu_memory_bytes), "arena_extend_strategy": "kSameAsRequested"}), CPU_PROVIDER]
+
+
 class Session:
     """A loaded model. Construction loads and warms it up, and raises LoadFailed."""
 
-    def __init__(self, model: Path, *, threads: int, warmup: list[WarmupTensor], state: Sequence[StateTensor] = ()) -> None:
+    def __init__(
+        self, model: Path, *, threads: int, warmup: list[WarmupTensor], state: Sequence[StateTensor] = (), gpu_memory_bytes: int = 0
+    ) -> None:
         started = time.perf_counter()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -118,11 +130,8 @@ class Session:
         options.log_severity_level = 4  # what fails is in the answer: a caller must not be able to fill the log
         # A worker that spins between requests would take the cores of its neighbours on a small box.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        available = ort.get_available_providers()
         try:
-            self._session = ort.InferenceSession(
-                str(model), sess_options=options, providers=[provider for provider in PROVIDERS if provider in available]
-            )
+            self._session = ort.InferenceSession(str(model), sess_options=options, providers=_providers(gpu_memory_bytes))
             takes, gives = self._session.get_inputs(), self._session.get_outputs()
             self.inputs, self.outputs = _signature(takes), _signature(gives)
         except LoadFailed:

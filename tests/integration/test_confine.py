@@ -23,7 +23,7 @@ from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
 from edge_agent.warden.drivers.host_runtime import with_model, worker_argv, worker_environment
 from edge_agent.warden.ports import SandboxSpec
 from edge_agent.worker import lockdown
-from edge_agent.worker.session import PROVIDERS, Session
+from edge_agent.worker.session import CPU_PROVIDER, GPU_PROVIDER, Session
 from skerry.cli import catalogue
 from skerry.runtime import nvml
 from skerry.wire import ipc, oip
@@ -35,7 +35,7 @@ from tests.integration.test_worker_memory import share
 from tests.nobody import ROOT
 
 CATALOGUE = ROOT / "models"
-HERE = [provider for provider in PROVIDERS if provider in ort.get_available_providers()]
+HERE = [provider for provider in (GPU_PROVIDER, CPU_PROVIDER) if provider in ort.get_available_providers()]
 """Fastest first; the first is whom a worker gives its model to, the others what that one lacks."""
 
 
@@ -75,8 +75,8 @@ def start(tmp_path_factory) -> Iterator[Callable[..., Worker]]:
     def start(model: Path, **changes: object) -> Worker:
         name = f"d-{len(list(folder.iterdir()))}"
         spec = spec_of(folder, model, name=name, **changes)
-        gpus = [] if HERE[0] == "CPUExecutionProvider" else [gpu.uuid for gpu in nvml.gpus()]
-        argv = with_model(worker_argv(2.0), changes.get("warmup") or [])
+        gpus = [] if HERE[0] == CPU_PROVIDER else [gpu.uuid for gpu in nvml.gpus()]
+        argv = with_model(worker_argv(2.0), changes.get("warmup") or [], gpu_memory_bytes=2**31 if gpus else 0)
         spec = msgspec.structs.replace(
             spec, argv=argv, environment=worker_environment(2.0), cpus=2.0, memory_bytes=2**30, file_max_bytes=2**30, gpus=gpus
         )
@@ -110,7 +110,11 @@ def assert_same(got: oip.Tensor, want: oip.Tensor) -> None:
         return
     ours, theirs = (np.frombuffer(tensor.data, oip.NUMPY_DTYPES[tensor.datatype]) for tensor in (got, want))
     # A GPU multiplies with fewer bits; what the same kernels computed is the same.
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6 if HERE == ["CPUExecutionProvider"] else 5e-2, atol=1e-6, err_msg=got.name)
+    if HERE[0] == GPU_PROVIDER and ours.dtype.kind in "iu":  # what was sorted by such numbers may change places
+        assert np.mean(ours != theirs) < 0.01, got.name
+        return
+    tolerances = {"rtol": 1e-6, "atol": 1e-6} if HERE[0] == CPU_PROVIDER else {"rtol": 5e-2, "atol": 2e-2}
+    np.testing.assert_allclose(ours, theirs, **tolerances, err_msg=got.name)
 
 
 def assert_answered(worker: Worker, tensors: list[oip.Tensor], expected: list[oip.Tensor]) -> None:
@@ -217,6 +221,8 @@ def test_every_thread_has_both_filters_and_no_way_to_new_privileges(scale):
 def test_a_worker_holds_no_descriptor_but_its_log_and_its_sockets(scale):
     held = {str(descriptor.readlink()) for descriptor in Path(f"/proc/{scale.pid()}/fd").iterdir()}
     others = {name for name in held if not name.startswith("socket:[") and name != "/dev/null"}
+    if HERE[0] == GPU_PROVIDER:  # its driver keeps the devices, and pipes and events to its own threads
+        others = {name for name in others if not name.startswith(("/dev/nvidia", "pipe:", "anon_inode:"))}
     assert [Path(name).name for name in others] == ["log"]
 
 
@@ -224,7 +230,7 @@ def test_hello_says_what_holds(scale):
     client = scale.client()
     landlock = lockdown.landlock_version()
     need("landlock", "" if landlock else "this kernel has none")
-    expected = f"landlock {landlock}, seccomp" if HERE[0] == "CPUExecutionProvider" else "landlock before loading, seccomp"
+    expected = f"landlock {landlock}, seccomp" if HERE[0] == CPU_PROVIDER else "landlock before loading, seccomp"
     assert client.hello.confinement == expected
     client.close()
 

@@ -66,7 +66,8 @@ def worker_argv(cpus: float, *, interpreter: str = sys.executable) -> list[str]:
     ]
 
 
-def with_model(argv: list[str], warmup: list[WarmupTensor], state: Sequence[StateTensor] = ()) -> list[str]:
+def with_model(argv: list[str], warmup: list[WarmupTensor], state: Sequence[StateTensor] = (), *, gpu_memory_bytes: int = 0) -> list[str]:
     """The same for a worker that loads the model in its model directory at once."""
     said = ("--warmup", msgspec.json.encode(warmup).decode(), "--state", msgspec.json.encode(state).decode())
-    return [*argv, "--model", f"{MODEL_DIR}/{MODEL_FILE}", *said]
+    gpu = ("--gpu-memory", str(gpu_memory_bytes)) if gpu_memory_bytes else ()
+    return [*argv, "--model", f"{MODEL_DIR}/{MODEL_FILE}", *said, *gpu]

@@ -33,7 +33,7 @@ class Job:
     """One inference on this box. ``future`` becomes an Outcome, ReplicaLost or TooLate."""
 
     __slots__ = (
-        "future", "inputs", "kind", "memory", "pin", "place", "rank", "sent_to", "sequence", "wanted",
+        "call", "future", "inputs", "kind", "memory", "pin", "place", "rank", "sent_to", "sequence", "wanted",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -52,6 +52,8 @@ class Job:
         """Equal for jobs that may share a run; None for one that goes alone."""
         self.sent_to = ""
         """The replica that has it; empty while it waits."""
+        self.call = -1
+        """Its number on the connection by which it was sent."""
         self.future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     def fail(self, exc: Exception) -> None:

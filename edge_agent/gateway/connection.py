@@ -82,17 +82,24 @@ class WorkerConnection:
             arena.close_descriptor()
         self.arena = arena
 
-    def send(self, calls: list[ipc.Call], body: list[Bytes], on_answers: OnAnswers, on_lost: OnLost) -> None:
+    def send(
+        self, calls: list[ipc.Call], body: list[Bytes], on_answers: OnAnswers, on_lost: OnLost, *, forget: list[int] | None = None
+    ) -> None:
         """Begin a batch; exactly one of the two is called when it is over, unless this raises ReplicaLost."""
         if self.closed.done():
             raise ReplicaLost("the connection is closed")
         self._under_way.append((calls, on_answers, on_lost))
-        parts = [memoryview(part).cast("B") for part in ipc.frame(ipc.Batch(calls), body) if len(part)]
+        parts = [memoryview(part).cast("B") for part in ipc.frame(ipc.Batch(calls, forget or []), body) if len(part)]
         if self._unsent:
             self._unsent += parts
             return
         self._unsent = parts
         self._writable()
+
+    def forget(self, call: int) -> None:
+        """Have the worker drop what a step of a sequence left, once it has been done; a connection that is lost has nothing to say."""
+        with contextlib.suppress(ReplicaLost):
+            self.send([], [], lambda *_: None, lambda _: None, forget=[call])
 
     def _writable(self) -> None:
         """Send what the socket takes; the rest when it takes more."""

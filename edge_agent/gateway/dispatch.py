@@ -70,11 +70,13 @@ class _Replica:
         """Of the largest outputs that it gave, by row."""
         self.is_retired = False
 
-    def is_overdue(self, now: float) -> bool:
+    def is_overdue(self, now: float, *, by_ms: float = 0.0) -> bool:
         if not self.sent:
             return False
         since = max(next(iter(self.sent.values())).at_s, self.answered_at)
-        return self.curve.count > 0 and (now - since) * 1000 > max(OVERDUE_MS, OVERDUE_TIMES * self.curve.careful_ms(max(1, self.rows)))
+        return self.curve.count > 0 and (now - since) * 1000 > by_ms + max(
+            OVERDUE_MS, OVERDUE_TIMES * self.curve.careful_ms(max(1, self.rows))
+        )
 
     def view(self) -> ReplicaView:
         return ReplicaView(
@@ -128,10 +130,11 @@ class Pool:
         """Requests that wait for a place."""
         return len(self._backlog)
 
-    def view(self, place: Place, tries: list[Job]) -> LocalView:
+    def view(self, place: Place, tries: list[Job], *, overdue_by_ms: float = 0.0) -> LocalView:
         """What core/routing decides by: as a request finds it that is at ``place``, and is being tried here already by ``tries``.
 
-        A replica that is overdue does not count, nor one that has the request, nor any while the request waits in the queue.
+        A replica that is overdue by more than ``overdue_by_ms`` does not count, nor one that has the request, nor any while the request
+        waits in the queue.
         """
         now, able = time.perf_counter(), self._connected
         if tries:
@@ -140,7 +143,7 @@ class Pool:
         slots = running = running_rows = 0
         for replica in able:
             if replica.sent:
-                if replica.is_overdue(now):
+                if replica.is_overdue(now, by_ms=overdue_by_ms):
                     continue
                 running += len(replica.sent)
                 running_rows += replica.rows
@@ -329,8 +332,15 @@ class Pool:
             if len(self._pins) > MOST_SEQUENCES:
                 self._pins.popitem(last=False)
 
-    def interrupt(self, step: oip.SequenceStep) -> None:
-        """Its state is gone, or not what the caller believes it to be: until it is started anew it is at an end."""
+    def interrupt(self, step: oip.SequenceStep, job: Job | None = None) -> None:
+        """Its state is gone, or not what the caller believes it to be: until it is started anew it is at an end.
+
+        What ``job`` left, or will have left, is dropped by its worker too: another process may be asked for the next step.
+        """
+        if job is not None:
+            for replica in self._connected:
+                if replica.spec.name == job.sent_to and replica.connection is not None:
+                    replica.connection.forget(job.call)
         self._pin(msgspec.structs.replace(step, end=False), "")
 
     # -- calls
@@ -377,7 +387,10 @@ class Pool:
         if connection.arena is not None and wanted_bytes >= SHARED_FROM_BYTES:
             room = connection.arena.take(wanted_bytes + ROOM_TO_SPARE_BYTES)
         sent.rooms.append(room)
-        return ipc.Call(next(self._calls), heads, job.wanted, ipc.Room(room.at, len(room.view)) if room is not None else None, job.sequence)
+        job.call = next(self._calls)
+        within_us = max(1, int((job.place.until_s - sent.at_s) * 1e6)) if job.sequence is not None else 0
+        place = ipc.Room(room.at, len(room.view)) if room is not None else None
+        return ipc.Call(job.call, heads, job.wanted, place, job.sequence, within_us)
 
     @staticmethod
     def _over(replica: _Replica, number: int, sent: Batch) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from edge_agent.core import routing
 from edge_agent.core.queueing import Place
-from edge_agent.core.routing import Decision, Forward, Here, Refuse
+from edge_agent.core.routing import Decision, Forward, Here, LocalView, Refuse
 from edge_agent.gateway.arena import Region
 from edge_agent.gateway.budget import NO_LIMIT, Budgets
 from edge_agent.gateway.calls import Job, Outcome
@@ -37,6 +37,8 @@ MOST_WORDS = 600
 OVERDUE_MS, OVERDUE_TIMES = 10.0, 4.0
 """A call on this box that takes this long, and so many times as long as was carefully expected, is tried elsewhere as well. Where nothing
 was measured yet, one that has taken half of its time."""
+LAST_RESORT_MS = 1000.0
+"""A replica that is overdue by more is taken for frozen even where no other answer is to be had."""
 
 
 class Unknown(Exception):
@@ -270,16 +272,26 @@ class Service:
             views = self._upstreams.views(route.upstreams, route.deployment, has_budget=has_budget, now_s=now)
             if request.tried_nodes:
                 views = [view for view in views if view.node not in request.tried_nodes]
-        return routing.decide(
-            split=route.split,
-            remaining_ms=request.remaining_ms,
-            local=served.pool.view(request.place, [one.job for one in tries if one.job is not None]),
-            upstreams=views,
-            size_bytes=request.size_bytes,
-            forwarded=request.arrival.forwarded,
-            may_leave=request.may_leave,
-            now_s=now,
-        )
+        jobs = [one.job for one in tries if one.job is not None]
+
+        def decided(local: LocalView) -> Decision:
+            return routing.decide(
+                split=route.split,
+                remaining_ms=request.remaining_ms,
+                local=local,
+                upstreams=views,
+                size_bytes=request.size_bytes,
+                forwarded=request.arrival.forwarded,
+                may_leave=request.may_leave,
+                now_s=now,
+            )
+
+        local = served.pool.view(request.place, jobs)
+        decision = decided(local)
+        if isinstance(decision, Refuse) and not local.slots and not tries and served.pool.slots:
+            # All are overdue, and there is nobody else: what was held up for a moment, by a neighbour or the kernel, is worth waiting for.
+            decision = decided(served.pool.view(request.place, jobs, overdue_by_ms=LAST_RESORT_MS))
+        return decision
 
     async def _comes_back(self, request: _Request) -> bool:
         """Whether a replica of this box is up again in time: one that was killed is restarted within a second."""
@@ -415,19 +427,20 @@ class Service:
         if not isinstance(decision, Here):
             raise Refused(f"a sequence stays on this box: {decision.reason}", 1)
         for name in pool.holders(step):
-            outcome = await self._step(request, step, name)
+            job = self._job(request)
+            outcome = await self._step(request, step, job, name)
             if outcome.answer.no_sequence:
                 continue
             try:
                 return self._answer_of(request, decision, outcome)
             except Refused as exc:  # the state has gone on, and the caller knows nothing of it
-                pool.interrupt(step)
+                pool.interrupt(step, job)
                 raise Interrupted(f"sequence {step.id!r} was interrupted: {exc}; start it anew") from exc
         pool.interrupt(step)
         raise Interrupted(f"sequence {step.id!r} was interrupted: no replica here holds its state; start it anew")
 
-    async def _step(self, request: _Request, step: oip.SequenceStep, replica: str) -> Outcome:
-        pool, job = request.served.pool, self._job(request)
+    async def _step(self, request: _Request, step: oip.SequenceStep, job: Job, replica: str) -> Outcome:
+        pool = request.served.pool
         job.pin = replica
         pool.submit(job)
         try:
@@ -444,7 +457,7 @@ class Service:
         late = f"not done within {request.arrival.deadline_ms:.0f} ms"
         if not job.sent_to:
             raise Refused(f"{late}; the sequence is as it was", 1)
-        pool.interrupt(step)
+        pool.interrupt(step, job)
         raise Interrupted(f"sequence {step.id!r} was interrupted: a step was {late}, and whether it was done is not known; start it anew")
 
     # -- what people ask

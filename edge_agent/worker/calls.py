@@ -28,13 +28,19 @@ class StateTooLarge(Exception):
     """A sequence's state is more than is held of all."""
 
 
+class TooLate(Exception):
+    """A step of a sequence that nobody waits for any more."""
+
+
 class _Asked:
     """A call on its way to its answer: checked, then run, then rendered; or with an answer that says why not."""
 
-    __slots__ = ("answer", "arrays", "call", "feeds", "names", "placed", "room", "rows", "tensors", "together", "took_us")
+    __slots__ = ("answer", "arrays", "by", "call", "came_at", "feeds", "names", "placed", "room", "rows", "tensors", "together", "took_us")
 
-    def __init__(self, call: ipc.Call, tensors: list[oip.Tensor], room: Room | None) -> None:
+    def __init__(self, call: ipc.Call, tensors: list[oip.Tensor], room: Room | None, by: object, came_at: float) -> None:
         self.call = call
+        self.by = by
+        self.came_at = came_at
         self.tensors = tensors
         self.room = room
         self.feeds: Arrays = {}
@@ -58,8 +64,8 @@ def batch_of(header: memoryview) -> ipc.Batch:
         batch = _batches.decode(header)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise codec.Malformed(f"Batch: {exc}") from exc
-    if len(batch.calls) > MAX_CALLS:
-        raise codec.Malformed(f"batch: {len(batch.calls)} calls, at most {MAX_CALLS} are taken")
+    if max(len(batch.calls), len(batch.forget)) > MAX_CALLS:
+        raise codec.Malformed(f"batch: {len(batch.calls)} calls and {len(batch.forget)} to forget, at most {MAX_CALLS} are taken")
     return batch
 
 
@@ -74,17 +80,26 @@ class Calls:
         self._joins = session.batches
         self._state_inputs = frozenset(pair.input for pair in session.state)
 
-    def answer(self, header: memoryview, body: memoryview, memory: Memory | None) -> tuple[ipc.Answers, list[oip.Bytes]]:
-        """The answers to a frame's calls, in their order, and what of them goes into the body. Raises codec.Malformed for no such frame."""
+    def answer(
+        self, header: memoryview, body: memoryview, memory: Memory | None, *, by: object = None
+    ) -> tuple[ipc.Answers, list[oip.Bytes]]:
+        """The answers to a frame's calls, in their order, and what of them goes into the body; ``by`` is the connection that it came by.
+
+        Raises codec.Malformed for no such frame.
+        """
+        came_at = self._clock()
         view = memory.view if memory is not None else None
         batch, offset = [], 0
-        for call in batch_of(header).calls:
+        asked_for = batch_of(header)
+        for call in asked_for.calls:
             tensors, offset = ipc.tensors_of(call.inputs, body, offset, view)
-            batch.append(_Asked(call, tensors, Room(memory, call.room) if call.room is not None else None))
+            batch.append(_Asked(call, tensors, Room(memory, call.room) if call.room is not None else None, (by, call.call), came_at))
         ipc.check_end(body, offset)
         for asked in batch:
             self._check(asked)
         with self._running:
+            for number in asked_for.forget:
+                self._sequences.forget_what((by, number))
             for group in self._groups([asked for asked in batch if asked.answer is None]):
                 if len(group) == 1 or not self._run_together(group):
                     for asked in group:
@@ -171,9 +186,12 @@ class Calls:
             return
         try:
             state = self._advance(asked, held)
+            now = self._clock()
+            if 0 < asked.call.within_us < (now - asked.came_at) * 1e6:
+                raise TooLate(f"the step was not done within {asked.call.within_us} us")
             if step.end:
                 self._sequences.forget(step.id)
-            elif not self._sequences.keep(step.id, state, self._clock()):
+            elif not self._sequences.keep(step.id, state, now, by=asked.by):
                 raise StateTooLarge(f"the state has more than the {MOST_BYTES} bytes that are held")
         except Exception as exc:  # noqa: BLE001 - as in every run
             self._sequences.forget(step.id)

@@ -20,7 +20,7 @@ class Sequences:
         self._most = most
         self._most_bytes = most_bytes
         self._idle_s = idle_s
-        self._held: dict[str, tuple[State, int, float]] = {}
+        self._held: dict[str, tuple[State, int, float, object]] = {}
         self.held_bytes = 0
 
     def __len__(self) -> int:
@@ -32,8 +32,11 @@ class Sequences:
         held = self._held.get(sequence)
         return held[0] if held is not None else None
 
-    def keep(self, sequence: str, state: State, now: float) -> bool:
-        """Hold ``state`` for the next call, and forget others for it, the longest unused first. False where it alone is too large."""
+    def keep(self, sequence: str, state: State, now: float, *, by: object = None) -> bool:
+        """Hold ``state``, which the call ``by`` left, for the next one, and forget others for it, the longest unused first.
+
+        False where it alone is too large.
+        """
         self.forget(sequence)
         self._forget_idle(now)
         size = sum(array.nbytes for array in state.values()) + len(sequence.encode(errors="replace"))
@@ -41,9 +44,14 @@ class Sequences:
             return False
         while self._held and (len(self._held) >= self._most or self.held_bytes + size > self._most_bytes):
             self.forget(next(iter(self._held)))
-        self._held[sequence] = (state, size, now)
+        self._held[sequence] = (state, size, now, by)
         self.held_bytes += size
         return True
+
+    def forget_what(self, by: object) -> None:
+        """Hold nothing that the call ``by`` left and that no other has gone on from."""
+        for sequence in [sequence for sequence, held in self._held.items() if held[3] == by]:
+            self.forget(sequence)
 
     def forget(self, sequence: str) -> None:
         """Hold nothing of ``sequence``."""
@@ -53,7 +61,7 @@ class Sequences:
 
     def _forget_idle(self, now: float) -> None:
         while self._held:
-            sequence, (_, _, used) = next(iter(self._held.items()))
+            sequence, (_, _, used, _) = next(iter(self._held.items()))
             if now - used <= self._idle_s:
                 return
             self.forget(sequence)

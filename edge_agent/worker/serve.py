@@ -73,7 +73,7 @@ def serve_connection(connection: socket.socket, worker: Worker, slots: threading
             reader = Reader(connection)
             frame, memory = _first(reader, worker)
             while frame is not None:
-                send(connection, *worker.calls.answer(*frame, memory))
+                send(connection, *worker.calls.answer(*frame, memory, by=reader))
                 frame = reader.frame()
     except (OSError, codec.Malformed, MemoryError):
         return  # the peer went away or does not speak our protocol; its connection alone ends

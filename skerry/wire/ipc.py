@@ -83,13 +83,18 @@ class Room(msgspec.Struct, frozen=True):
 
 
 class Call(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One inference. ``outputs`` names those wanted, all where it is empty."""
+    """One inference. ``outputs`` names those wanted, all where it is empty.
+
+    A step of a ``sequence`` that is not done ``within_us`` microseconds of its coming has come to nothing: whoever asked no longer waits,
+    and the sequence is at an end. 0: it may take as long as it takes.
+    """
 
     call: int
     inputs: list[TensorHead]
     outputs: list[str] = []
     room: Room | None = None
     sequence: oip.SequenceStep | None = None
+    within_us: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -108,10 +113,15 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     no_sequence: bool = False
 
 
-class Batch(msgspec.Struct, frozen=True):
-    """Calls to be run together where the worker can, one after the other where not. The gateway puts together what fits together."""
+class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Calls to be run together where the worker can, one after the other where not. The gateway puts together what fits together.
+
+    ``forget`` names earlier calls of this connection whose answers came to nothing: a sequence that stands where such a step left it is at
+    an end, before any of ``calls`` is run. One that was begun or went on since, by whomever, is another.
+    """
 
     calls: list[Call]
+    forget: list[int] = []
 
 
 class Answers(msgspec.Struct, frozen=True):

@@ -127,6 +127,33 @@ def test_a_replica_that_is_frozen_or_killed_under_load_costs_time_and_no_request
     run(scene())
 
 
+def test_the_only_replica_held_up_for_a_moment_costs_time_and_no_request_and_a_frozen_one_is_said_at_once(tmp_path, doubler):
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, doubler, 1) as replicas:
+            await replicas.serve(here)
+            x = np.ones((1, 5), "f4")
+            for _ in range(20):
+                assert (await infer(session, here, x))[0] == 200
+            (process,) = replicas.processes
+            process.send_signal(signal.SIGSTOP)
+            held_up = asyncio.create_task(infer(session, here, x))
+            await asyncio.sleep(0.15)
+            waiting = [asyncio.create_task(infer(session, here, x)) for _ in range(8)]
+            await asyncio.sleep(0.15)
+            process.send_signal(signal.SIGCONT)
+            assert [status for status, *_ in await asyncio.gather(held_up, *waiting)] == [200] * 9
+            process.send_signal(signal.SIGSTOP)
+            frozen = asyncio.create_task(infer(session, here, x))
+            await asyncio.sleep(1.5)
+            began = time.monotonic()
+            assert (await infer(session, here, x))[0] == 503
+            assert time.monotonic() - began < 1, "who comes to a frozen replica is told at once"
+            process.send_signal(signal.SIGCONT)
+            assert (await frozen)[0] == 200
+
+    run(scene())
+
+
 def test_what_must_not_be_done_twice_is_not_tried_again(tmp_path):
     async def scene():
         async with fleet(tmp_path) as (here, _, session):
@@ -185,6 +212,39 @@ def test_sequences_keep_their_state_apart_and_say_when_it_is_lost(tmp_path, adde
                     assert (status, said) == (200, total + 1.0)
                     assert await step(name, 1.0, end=True) == (200, total + 2.0)
                     assert (await step(name, 1.0))[0] == 409, "it has ended"
+
+    run(scene())
+
+
+def test_a_sequence_that_one_gateway_interrupted_is_at_an_end_for_every_other(tmp_path, adder):
+    """Two gateways stand for two processes of one: the second knows nothing of what the first told its caller."""
+    state = codec.encode([StateTensor("before", "after")]).decode()
+
+    async def scene():
+        async with fleet(tmp_path) as (here, other, session), Replicas(tmp_path, adder, 1, "--state", state) as replicas:
+            for box in (here, other):
+                await replicas.serve(box)
+
+            async def step(box: Box, x: float, *, start: bool = False, timeout_ms: int = 5000):
+                sequence = oip.SequenceStep("s", start, False)
+                status, outputs, _ = await infer(
+                    session, box, np.array([x], "f4"), sequence=sequence, outputs=["total"], timeout_ms=timeout_ms
+                )
+                return (status, float(outputs["total"][0])) if status == 200 else (status, outputs)
+
+            assert await step(here, 1.0, start=True) == (200, 1.0)
+            assert await step(other, 2.0) == (200, 3.0), "the state is the worker's"
+            (process,) = replicas.processes
+            process.send_signal(signal.SIGSTOP)
+            status, words = await step(here, 4.0, timeout_ms=300)
+            process.send_signal(signal.SIGCONT)
+            assert (status, "interrupted" in words) == (409, True), words
+            status, words = await step(other, 8.0)
+            assert (status, "start it anew" in words) == (409, True), words
+            assert await step(other, 1.0, start=True) == (200, 1.0)
+            await asyncio.sleep(0.2)
+            assert await step(here, 2.0, start=True) == (200, 2.0)
+            assert await step(here, 2.0) == (200, 4.0)
 
     run(scene())
 

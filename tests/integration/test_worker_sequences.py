@@ -130,6 +130,38 @@ def test_calls_of_one_sequence_in_one_batch_run_in_their_order(client):
     assert np.frombuffer(body, "<f4")[::3].tolist() == [1, 11, 111, 1111]
 
 
+def test_a_step_whose_answer_came_to_nothing_is_forgotten_and_no_other(client, worker):
+    assert total(client, "f", 1, start=True) == 1
+    assert client.batch([])[0] == []
+    client.socket.sendall(b"".join(ipc.frame(ipc.Batch([], forget=[2, 7]), [])))
+    assert ipc.parse_header(client.frame()[0], ipc.Answers).answers == [], "no call of these numbers left anything"
+    assert total(client, "f", 2) == 3
+    with contextlib.closing(Client(worker)) as other:
+        other.socket.sendall(b"".join(ipc.frame(ipc.Batch([], forget=[1]), [])))
+        assert ipc.parse_header(other.frame()[0], ipc.Answers).answers == [], "another connection's call of that number is another"
+        assert total(other, "f", 3) == 6
+        client.socket.sendall(b"".join(ipc.frame(ipc.Batch([], forget=[1]), [])))
+        client.frame()
+        assert total(other, "f", 4) == 10, "the sequence has gone on since, from another call"
+        other.socket.sendall(b"".join(ipc.frame(ipc.Batch([], forget=[1]), [])))
+        other.frame()
+        answer, _ = step(other, "f", 5)
+        assert answer.no_sequence
+
+
+def test_a_step_that_was_not_done_in_time_ends_its_sequence(client):
+    assert total(client, "late", 1, start=True) == 1
+    tensors = inputs_of(2.0)
+    call = ipc.Call(1, ipc.heads_of(tensors), ["total"], sequence=oip.SequenceStep("late", False, False), within_us=1)
+    (answer,), _ = client.batch([call], [t.data for t in tensors])
+    assert "not done within" in answer.error
+    assert step(client, "late", 3)[0].no_sequence
+    assert total(client, "late", 1, start=True) == 1
+    in_time = ipc.Call(1, ipc.heads_of(tensors), ["total"], sequence=oip.SequenceStep("late", False, False), within_us=10_000_000)
+    assert client.batch([in_time], [t.data for t in tensors])[0][0].error == ""
+    assert total(client, "late", 1) == 4
+
+
 def test_a_caller_may_give_the_state_itself_and_be_given_it(client):
     given = [*inputs_of(1, rows=2), tensor(np.full((1, 2, 3), 100), name="state")]
     answer, body = step(client, "given", 1, given=given, start=True)

@@ -127,13 +127,19 @@ def test_a_replica_that_is_frozen_or_killed_under_load_costs_time_and_no_request
     run(scene())
 
 
-def test_the_only_replica_held_up_for_a_moment_costs_time_and_no_request_and_a_frozen_one_is_said_at_once(tmp_path, doubler):
+async def used_to_quick_answers(session, here: Box) -> np.ndarray:
+    """So that a replica which takes long is seen to be overdue."""
+    x = np.ones((1, 5), "f4")
+    for _ in range(20):
+        assert (await infer(session, here, x))[0] == 200
+    return x
+
+
+def test_the_only_replica_held_up_for_a_moment_costs_time_and_no_request(tmp_path, doubler):
     async def scene():
         async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, doubler, 1) as replicas:
             await replicas.serve(here)
-            x = np.ones((1, 5), "f4")
-            for _ in range(20):
-                assert (await infer(session, here, x))[0] == 200
+            x = await used_to_quick_answers(session, here)
             (process,) = replicas.processes
             process.send_signal(signal.SIGSTOP)
             held_up = asyncio.create_task(infer(session, here, x))
@@ -142,12 +148,22 @@ def test_the_only_replica_held_up_for_a_moment_costs_time_and_no_request_and_a_f
             await asyncio.sleep(0.15)
             process.send_signal(signal.SIGCONT)
             assert [status for status, *_ in await asyncio.gather(held_up, *waiting)] == [200] * 9
+
+    run(scene())
+
+
+def test_who_comes_to_a_frozen_replica_that_is_the_only_one_is_told_at_once(tmp_path, doubler):
+    async def scene():
+        async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, doubler, 1) as replicas:
+            await replicas.serve(here)
+            x = await used_to_quick_answers(session, here)
+            (process,) = replicas.processes
             process.send_signal(signal.SIGSTOP)
             frozen = asyncio.create_task(infer(session, here, x))
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(2)
             began = time.monotonic()
             assert (await infer(session, here, x))[0] == 503
-            assert time.monotonic() - began < 1, "who comes to a frozen replica is told at once"
+            assert time.monotonic() - began < 1
             process.send_signal(signal.SIGCONT)
             assert (await frozen)[0] == 200
 
@@ -236,11 +252,14 @@ def test_a_sequence_that_one_gateway_interrupted_is_at_an_end_for_every_other(tm
             assert await step(other, 2.0) == (200, 3.0), "the state is the worker's"
             (process,) = replicas.processes
             process.send_signal(signal.SIGSTOP)
+            while " (stopped)" not in Path(f"/proc/{process.pid}/status").read_text():
+                await asyncio.sleep(0.01)
             status, words = await step(here, 4.0, timeout_ms=300)
             process.send_signal(signal.SIGCONT)
-            assert (status, "interrupted" in words) == (409, True), words
+            assert (status, "interrupted" in str(words)) == (409, True), words
+            await asyncio.sleep(0.2)
             status, words = await step(other, 8.0)
-            assert (status, "start it anew" in words) == (409, True), words
+            assert (status, "start it anew" in str(words)) == (409, True), words
             assert await step(other, 1.0, start=True) == (200, 1.0)
             await asyncio.sleep(0.2)
             assert await step(here, 2.0, start=True) == (200, 2.0)

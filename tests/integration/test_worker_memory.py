@@ -222,11 +222,17 @@ def test_memory_goes_with_its_connection(tmp_path, scale_model):
         for _ in range(20):
             ask("hang up")
             ask("garbage")
+
+        def is_let_go() -> bool:
+            """The first reading may have counted a connection that was ending just then."""
+            maps, descriptors = held()
+            return maps == before[0] and descriptors <= before[1]
+
         for _ in range(100):
-            if held() == before:
+            if is_let_go():
                 break
             Client(path).close()
-        assert held() == before
+        assert is_let_go(), (held(), before)
 
 
 # -- in this process, to see what is copied

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import msgspec
 
-from skerry.runtime.settings import Broker, Name
+from skerry.runtime.settings import Broker
+from skerry.wire.topics import Name
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,7 +26,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     require_enrolled: bool = False
     """Pass over what boxes say that did not enrol. A broker that asks for certificates turns them away itself."""
     tls: bool = False
-    """Serve HTTPS with a certificate of the fleet's own authority, made at each start for the host of ``public_url``."""
+    """Serve HTTPS with a certificate of the fleet's own authority, for the host of ``public_url``."""
     model_limit_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 4 * 2**30
     """Largest model that may be pushed."""
     queue: Annotated[int, msgspec.Meta(ge=100, le=1_000_000)] = 20_000

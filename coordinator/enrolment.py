@@ -169,9 +169,11 @@ class Enrolment:
             )
             return held, self._issue(tables, held, key, now_ms)
 
+        before = self._enrolled.get(request.node)
         held, chain = await self._database.write(work)
         self._note(held)
-        await self.write_list()
+        if before is not None and before.key_sha256 != held.key_sha256:
+            await self.write_list()  # the old key's certificates are on it now
         logger.info("node.enrolled", node=request.node, claim=claim[0])
         self._news.tell("nodes", "events")
         return Enrolled(

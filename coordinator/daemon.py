@@ -31,8 +31,8 @@ from coordinator.registry.database import Database
 from coordinator.registry.migrations import TooNew
 from coordinator.session import FleetSession, Message
 from coordinator.views import Views
-from skerry.runtime import lifecycle, log, sdnotify, settings
-from skerry.wire.identity import ROLES, Subject
+from skerry.runtime import lifecycle, log, sdnotify, settings, tls
+from skerry.wire.identity import Role, Subject
 from skerry.wire.messages import Ack, LogsRequest
 
 logger = log.get("coordinator")
@@ -140,8 +140,11 @@ def own_certificates(config: Config, authority: Authority) -> None:
     """What the coordinator shows to the broker, and to whoever opens its pages, and the broker to boxes: ``ca/coordinator.crt`` and
     ``ca/broker.crt``, with keys beside them."""
     host = urlsplit(config.public_url).hostname
-    for role, hosts in (("coordinator", [host] if host else []), ("broker", config.broker_hosts or [config.broker.host])):
-        authority.own(Subject(config.fleet, ROLES[role], role), now_ms=_now_ms(), life_ms=OWN_CERTIFICATE_MS, hosts=hosts)
+    roles: list[tuple[Role, list[str]]] = [
+        ("coordinator", [host] if host else []), ("broker", config.broker_hosts or [config.broker.host]),
+    ]  # fmt: skip
+    for role, hosts in roles:
+        authority.own(Subject(config.fleet, role, role), now_ms=_now_ms(), life_ms=OWN_CERTIFICATE_MS, hosts=hosts)
     if authority.issuing_ends_in_ms < OWN_CERTIFICATE_MS:
         days = authority.issuing_ends_in_ms // (24 * 3600 * 1000)
         logger.error("ca.ends_soon", days=days, hint="bring ca/root.key back and start again: a new issuing certificate is made then")
@@ -150,11 +153,8 @@ def own_certificates(config: Config, authority: Authority) -> None:
 def _tls(config: Config) -> ssl.SSLContext | None:
     if not config.tls:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     folder = config.state_dir / "ca"
-    context.load_cert_chain(folder / "coordinator.crt", folder / "coordinator.key")
-    return context
+    return tls.server(folder / "coordinator.crt", folder / "coordinator.key")
 
 
 def _now_ms() -> int:

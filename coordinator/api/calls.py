@@ -12,6 +12,7 @@ from sqlite_utils import Database as Tables
 
 from coordinator.api.access import LINK_S, Access, Role
 from coordinator.api.answers import Handler, json_answer, refuse
+from coordinator.api.bodies import beginning
 from coordinator.commands import Commands
 from coordinator.core import deployment as deployment_file
 from coordinator.model_store import ModelStore
@@ -226,13 +227,8 @@ class Calls:
 
     async def deploy(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        body = bytearray()
-        async for chunk in request.content.iter_any():
-            body += chunk
-            if len(body) > deployment_file.MAX_TEXT_BYTES:
-                break
         try:
-            text = body[: deployment_file.MAX_TEXT_BYTES + 1].decode()
+            text = (await beginning(request, deployment_file.MAX_TEXT_BYTES)).decode()
         except UnicodeDecodeError as exc:
             raise refuse(422, "invalid_deployment", f"the file is not UTF-8 (byte {exc.start})") from exc
         spec = deployment_file.parse(text)

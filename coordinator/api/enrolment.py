@@ -6,6 +6,7 @@ from aiohttp import web
 
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
+from coordinator.api.bodies import beginning
 from coordinator.api.calls import Call, checked
 from coordinator.enrolment import Enrolment
 from skerry.wire import codec
@@ -97,11 +98,9 @@ class EnrolmentCalls:
 
 async def _body(request: web.Request, kind: type[T]) -> T:
     """A small JSON body, however much is sent."""
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > MOST_BODY_BYTES:
-            raise refuse(413, "too_large", f"the body is larger than the {MOST_BODY_BYTES} bytes that this call takes")
+    body = await beginning(request, MOST_BODY_BYTES)
+    if len(body) > MOST_BODY_BYTES:
+        raise refuse(413, "too_large", f"the body is larger than the {MOST_BODY_BYTES} bytes that this call takes")
     try:
         return codec.decode(body, kind)
     except codec.Malformed as exc:

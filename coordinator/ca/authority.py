@@ -8,7 +8,6 @@ library takes (gRPC's takes no Ed25519 in certificates). Times are Unix millisec
 import datetime
 import hashlib
 import ipaddress
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from skerry.runtime import durable
+from skerry.runtime import durable, keys
 from skerry.wire import identity
 from skerry.wire.identity import Subject
 
@@ -105,7 +104,7 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         chain = certificate.public_bytes(Encoding.PEM) + self._issuing.public_bytes(Encoding.PEM)
-        return Issued(_hex(certificate.serial_number), chain.decode(), not_before_ms, not_after_ms)
+        return Issued(f"{certificate.serial_number:x}", chain.decode(), not_before_ms, not_after_ms)
 
     def own(self, subject: Subject, *, now_ms: int, life_ms: int, hosts: Iterable[str] = ()) -> None:
         """See to it that ``<name>.key`` and ``<name>.crt`` are there for a program of the coordinator's: made anew for other hosts, and
@@ -116,9 +115,9 @@ class Authority:
             names = held.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             if set(names) == set(_names(subject, hosts)) and _ms(held.not_valid_after_utc) - now_ms > life_ms / 3:
                 return
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = keys.made()
         issued = self.issue(key.public_key(), subject, now_ms=now_ms, life_ms=life_ms, hosts=hosts)
-        durable.write(key_path, _key_pem(key), mode=0o600)
+        durable.write(key_path, keys.pem(key), mode=0o600)
         durable.write(path, issued.chain.encode(), mode=0o644)
 
     def judge(self, pem: str) -> tuple[Subject, x509.Certificate]:
@@ -167,23 +166,23 @@ class Authority:
     def _make_root(self, now_ms: int) -> None:
         if self._has_root_key():
             raise ValueError("root.key is there and root.crt is not: bring root.crt back, or take both away to begin a new fleet")
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = keys.made()
         name = _name(self._fleet, f"{self._fleet} root")
         builder = _builder(name, name, key.public_key(), now_ms - BACKDATED_MS, now_ms + ROOT_DAYS * DAY_MS)
         certificate = _ca(builder, key, path_length=1)
-        durable.write(self._folder / "root.key", _key_pem(key), mode=0o600)
+        durable.write(self._folder / "root.key", keys.pem(key), mode=0o600)
         durable.write(self._folder / "root.crt", certificate.public_bytes(Encoding.PEM), mode=0o644)
 
     def _make_issuing(self, now_ms: int) -> None:
         if not self._has_root_key():
             raise ValueError("issuing.crt is not there, and root.key, which could sign one, is not either: bring one of them back")
-        root_key = _load_key(self._folder / "root.key")
+        root_key = keys.load_own(self._folder / "root.key")
         path = self._folder / "issuing.key"
         if path.exists():  # the same key: what it signed holds on
-            key = _load_key(path)
+            key = keys.load_own(path)
         else:
-            key = ec.generate_private_key(ec.SECP256R1())
-            durable.write(path, _key_pem(key), mode=0o600)
+            key = keys.made()
+            durable.write(path, keys.pem(key), mode=0o600)
         name = _name(self._fleet, f"{self._fleet} issuing")
         builder = _builder(name, self._root.subject, key.public_key(), now_ms - BACKDATED_MS, now_ms + ISSUING_DAYS * DAY_MS)
         certificate = _ca(builder, root_key, path_length=0)
@@ -191,7 +190,7 @@ class Authority:
 
     def _load(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         certificate = x509.load_pem_x509_certificate((self._folder / "issuing.crt").read_bytes())
-        key = _load_key(self._folder / "issuing.key")
+        key = keys.load_own(self._folder / "issuing.key")
         certificate.verify_directly_issued_by(self._root)
         if _spki(certificate.public_key()) != _spki(key.public_key()):
             raise ValueError("issuing.key is not the key of issuing.crt")
@@ -224,19 +223,6 @@ def _spki(key: object) -> bytes:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise BadRequest("certificate: its key is not one of the curve P-256")
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    if path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
-        raise ValueError(f"{path.name}: others may read this key: chmod 600 {path}")
-    key = load_pem_private_key(path.read_bytes(), password=None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"{path.name}: not a P-256 key")
-    return key
-
-
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def _name(fleet: str, common: str) -> x509.Name:
@@ -284,7 +270,3 @@ def _utc(at_ms: int) -> datetime.datetime:
 
 def _ms(moment: datetime.datetime) -> int:
     return int(moment.timestamp() * 1000)
-
-
-def _hex(serial: int) -> str:
-    return f"{serial:x}"

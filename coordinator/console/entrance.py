@@ -5,6 +5,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 from aiohttp import web
 
 from coordinator.api.access import COOKIE, SESSION_S, Access
+from coordinator.api.bodies import beginning
 
 FORM_BYTES = 8192
 HOME = "/"
@@ -35,11 +36,9 @@ def is_in(access: Access, request: web.Request) -> bool:
 
 async def read_form(request: web.Request) -> dict[str, str] | None:
     """The first value of each field; None for a form that is larger than any of ours, which is not read to its end."""
-    body = b""
-    async for chunk in request.content.iter_chunked(FORM_BYTES):
-        body += chunk
-        if len(body) > FORM_BYTES:
-            return None
+    body = await beginning(request, FORM_BYTES)
+    if len(body) > FORM_BYTES:
+        return None
     return {key: values[0] for key, values in parse_qs(body.decode(errors="replace")).items()}
 
 

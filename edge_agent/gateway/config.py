@@ -5,8 +5,9 @@ from typing import Annotated
 
 import msgspec
 
-from skerry.runtime.settings import Name, SettingsError, split_listen
+from skerry.runtime.settings import SettingsError, split_listen
 from skerry.wire.messages import Tier
+from skerry.wire.topics import Name
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,23 +4,18 @@ It makes its own key, which never leaves it, and leaves a signing request beside
 signed and puts the certificate where the settings say. Until it is there, nothing is passed on over ``https`` and nobody is answered.
 """
 
-import os
 import ssl
 import time
 from collections.abc import Collection
-from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from edge_agent.core import peers
 from edge_agent.gateway.app import Api, json_response
 from edge_agent.gateway.config import Peers
 from edge_agent.gateway.http_message import Head, Memory, Peer, Response
 from edge_agent.gateway.upstream import FORWARDED, Secured
-from skerry.runtime import durable, log, settings, tls
+from skerry.runtime import durable, keys, log, settings, tls
 from skerry.wire import identity
 from skerry.wire.identity import NotOurs, Subject
 from skerry.wire.messages import Tier
@@ -32,12 +27,9 @@ def prepare(config: Peers, node: str) -> None:
     """See to it that there is a key, and a request to sign it. Raises SettingsError."""
     try:
         if not config.key_file.exists():
-            key = ec.generate_private_key(ec.SECP256R1())
-            pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            durable.write(config.key_file, pem, mode=0o600)
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, node)])
-        csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(_load(config.key_file), hashes.SHA256())
-        durable.write(config.csr_file, csr.public_bytes(Encoding.PEM), mode=0o640)
+            durable.write(config.key_file, keys.pem(keys.made()), mode=0o600)
+        request = keys.signing_request(keys.load_own(config.key_file), node)
+        durable.write(config.csr_file, request.encode(), mode=0o640)
     except (OSError, ValueError, TypeError) as exc:
         raise settings.SettingsError(f"peers.key_file: {exc}") from exc
 
@@ -64,7 +56,7 @@ class FleetIdentity:
         """Read them again if one was replaced; says whether this gateway is somebody new. What does not fit changes nothing."""
         if self._config is None:
             return False
-        mark = [_mark(path) for path in (self._config.certificate_file, self._config.ca_file, self._config.key_file)]
+        mark = tls.marks([self._config.certificate_file, self._config.ca_file, self._config.key_file])
         if mark == self._mark:
             return False
         self._mark = mark
@@ -84,15 +76,10 @@ class FleetIdentity:
 
 def _contexts(config: Peers) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """For those who come, and for going to them."""
-    files = (str(config.ca_file), str(config.certificate_file), str(config.key_file))
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.minimum_version = ssl.TLSVersion.TLSv1_2
-    server.load_cert_chain(files[1], files[2], password="")
-    server.load_verify_locations(files[0])
-    server.verify_mode = ssl.CERT_REQUIRED
+    server = tls.server(config.certificate_file, config.key_file, client_ca_file=config.ca_file)
     if not tls.holds(config.certificate_file.read_bytes(), time.time()):
         tls.forget_time(server)
-    return server, tls.client(*files)
+    return server, tls.client(str(config.ca_file), str(config.certificate_file), str(config.key_file))
 
 
 class Revoked:
@@ -154,20 +141,3 @@ def _caller(peer: Peer) -> Subject | None:
         except (NotOurs, ValueError):
             peer.certificate = b""
     return peer.subject
-
-
-def _load(path: Path) -> ec.EllipticCurvePrivateKey:
-    if path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
-        raise ValueError(f"{path}: others may read this key: chmod 600 {path}")
-    key = load_pem_private_key(path.read_bytes(), password=None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"{path}: not a key of the curve P-256")
-    return key
-
-
-def _mark(path: Path) -> object:
-    try:
-        status = path.stat()
-    except OSError as exc:
-        return exc.errno
-    return status.st_mtime_ns, status.st_ino, status.st_size

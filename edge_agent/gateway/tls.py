@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.gateway.config import Tls
-from skerry.runtime import log, settings
+from skerry.runtime import log, settings, tls
 
 logger = log.get("gateway.tls")
 
@@ -22,14 +22,14 @@ class Pem(msgspec.Struct, frozen=True):
 class Certificates:
     """The files as they were last read, all of one moment and fitting each other. Raises SettingsError where they never did."""
 
-    def __init__(self, tls: Tls) -> None:
-        self._tls = tls
+    def __init__(self, files: Tls) -> None:
+        self._tls = files
         self._tried: object = None
         self.context, self.pem = self._read()
 
     def look(self) -> bool:
         """Read them again if one was replaced; says whether there is something new. What does not fit changes nothing, and is said once."""
-        if self._mark() == self._tried:
+        if tls.marks(self._paths()) == self._tried:
             return False
         try:
             self.context, self.pem = self._read()
@@ -42,38 +42,16 @@ class Certificates:
     def _paths(self) -> list[Path]:
         return [path for path in (self._tls.certificate_file, self._tls.key_file, self._tls.client_ca_file) if path is not None]
 
-    def _mark(self) -> object:
-        """Something else whenever one of them is another file or was written."""
-        marks = []
-        for path in self._paths():
-            try:
-                status = path.stat()
-            except OSError as exc:
-                marks.append((exc.errno or 0, 0, 0))
-            else:
-                marks.append((status.st_mtime_ns, status.st_ino, status.st_size))
-        return marks
-
     def _read(self) -> tuple[ssl.SSLContext, Pem]:
-        self._tried = self._mark()
+        self._tried = tls.marks(self._paths())
         try:
-            context = _context(self._tls)
+            context = tls.server(self._tls.certificate_file, self._tls.key_file, client_ca_file=self._tls.client_ca_file)
             certificate, key, *more = (path.read_bytes() for path in self._paths())
             is_open = bool(self._tls.key_file.stat().st_mode & 0o007)
         except (OSError, ssl.SSLError) as exc:
             raise settings.SettingsError(f"tls: {', '.join(map(str, self._paths()))}: {exc}") from exc
-        if self._mark() != self._tried:
+        if tls.marks(self._paths()) != self._tried:
             raise settings.SettingsError("tls: its files were replaced while they were read")
         if is_open:
             logger.warning("tls.key_is_open", key_file=str(self._tls.key_file), reason="others than its owner and group may read it")
         return context, Pem(certificate, key, more[0] if more else None)
-
-
-def _context(tls: Tls) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(tls.certificate_file, tls.key_file, password="")  # without one OpenSSL would ask the terminal
-    if tls.client_ca_file is not None:
-        context.load_verify_locations(tls.client_ca_file)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context

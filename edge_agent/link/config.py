@@ -5,8 +5,9 @@ from typing import Annotated
 
 import msgspec
 
-from skerry.runtime.settings import Broker, Name
+from skerry.runtime.settings import Broker
 from skerry.wire.messages import Tier
+from skerry.wire.topics import Name
 
 
 class Coordinator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,17 +20,16 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from edge_agent.link import identity
 from edge_agent.link.config import Config
 from edge_agent.link.identity import IdentityFailed
-from skerry.runtime import durable, settings, tls
+from skerry.runtime import durable, keys, lifecycle, settings, tls
 from skerry.wire import codec
 from skerry.wire.identity import Enrolled, EnrollRequest, RootView
 
 T = TypeVar("T")
 
 TIMEOUT_S = 15.0
-MOST_ANSWER_BYTES = 128 * 1024
 MOST_CLAIM_BYTES = 1024
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-EXIT_FAILED, EXIT_CONFIG = 1, 78
+EXIT_FAILED = 1
 
 
 def run(arguments: list[str]) -> int:
@@ -42,7 +41,7 @@ def run(arguments: list[str]) -> int:
         written = write(config, enrolled, parsed.trusted_keys)
     except settings.SettingsError as exc:
         sys.stderr.write(f"error: {exc}\n")
-        return EXIT_CONFIG
+        return lifecycle.EXIT_CONFIG
     except (IdentityFailed, OSError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         return EXIT_FAILED
@@ -80,10 +79,10 @@ def enroll(config: Config, claim: str, fingerprint: str) -> Enrolled:
             raise IdentityFailed(f"broker.{name}: the settings must name a file, for this is where it is written")
     key_file = Path(broker.key_file)
     if not key_file.exists():
-        _keep(key_file, identity.make_key(), mode=0o600, like=config.state_dir)
+        _keep(key_file, keys.pem(keys.made()), mode=0o600, like=config.state_dir)
     key = identity.load_key(key_file)
     root = _root(coordinator.url, fingerprint)
-    request = EnrollRequest(claim, config.node, identity.signing_request(key, config.node), config.tier)
+    request = EnrollRequest(claim, config.node, keys.signing_request(key, config.node), config.tier)
     context = ssl.create_default_context(cadata=root)
     tls.forget_time(context)  # the clock may not be set yet, and the root is known
     enrolled = _ask(coordinator.url, "POST", "/v1/enroll", codec.encode(request), Enrolled, context)
@@ -144,7 +143,7 @@ def _ask(url: str, method: str, path: str, body: bytes | None, kind: type[T], co
     try:
         connection.request(method, f"{parts.path.rstrip('/')}{path}", body=body, headers={"Content-Type": "application/json"})
         response = connection.getresponse()
-        answer = response.read(MOST_ANSWER_BYTES)
+        answer = response.read(identity.MOST_ANSWER_BYTES)
     except (OSError, http.client.HTTPException) as exc:
         raise IdentityFailed(f"{url} does not answer: {exc or type(exc).__name__}") from exc
     finally:

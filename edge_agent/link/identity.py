@@ -12,14 +12,12 @@ from typing import TypeVar
 
 import aiohttp
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from edge_agent.core import renewal
 from edge_agent.core.renewal import Life
 from edge_agent.link.config import Config
-from skerry.runtime import backoff, durable, lifecycle, log, tls
+from skerry.runtime import backoff, durable, keys, lifecycle, log, tls
 from skerry.wire import codec
 from skerry.wire.api import ProblemBody
 from skerry.wire.identity import Renewed, RenewRequest
@@ -90,7 +88,8 @@ class Identity:
 
     async def _renew(self) -> None:
         broker, coordinator = self._config.broker, self._config.coordinator
-        own = signing_request(load_key(Path(broker.key_file)), self._config.node)
+        key = load_key(Path(broker.key_file))
+        own = keys.signing_request(key, self._config.node)
         request = RenewRequest(Path(broker.cert_file).read_text(), own, _text(self._config.gateway_csr_file))
         context: ssl.SSLContext | bool = True
         if coordinator.url.startswith("https:"):
@@ -110,7 +109,7 @@ class Identity:
             if response.status != 200:
                 raise IdentityFailed(f"the coordinator says: {problem_of(response.status, body)}")
         renewed = answer_of(body, Renewed)
-        check(renewed.certificate, load_key(Path(broker.key_file)), self._config.node)
+        check(renewed.certificate, key, self._config.node)
         durable.write(Path(broker.cert_file), renewed.certificate.encode(), mode=0o644)
         if renewed.gateway_certificate and self._config.gateway_certificate_file is not None:
             durable.write(self._config.gateway_certificate_file, renewed.gateway_certificate.encode(), mode=0o644)
@@ -150,27 +149,12 @@ def life_of(path: Path) -> Life:
     return Life(begins, ends, jitter)
 
 
-def make_key() -> bytes:
-    """A new key, PEM."""
-    return ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
 def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Raises IdentityFailed."""
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        return keys.load(path)
     except (OSError, ValueError, TypeError) as exc:
         raise IdentityFailed(f"{path}: {exc}") from exc
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityFailed(f"{path}: not a key of the curve P-256")
-    return key
-
-
-def signing_request(key: ec.EllipticCurvePrivateKey, node: str) -> str:
-    """PKCS #10, PEM: proof that whoever asks has the key."""
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, node)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
-    return request.public_bytes(Encoding.PEM).decode()
 
 
 def check(chain: str, key: ec.EllipticCurvePrivateKey, node: str) -> None:

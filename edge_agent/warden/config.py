@@ -5,7 +5,7 @@ from typing import Annotated
 
 import msgspec
 
-from skerry.runtime.settings import Name
+from skerry.wire.topics import Name
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

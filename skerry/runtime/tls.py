@@ -2,6 +2,7 @@
 
 import ssl
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography import x509
@@ -26,6 +27,33 @@ def client(ca_file: str, cert_file: str = "", key_file: str = "", *, own: str = 
     if own and not holds(Path(own).read_bytes(), time.time()):
         forget_time(context)
     return context
+
+
+def server(certificate_file: Path, key_file: Path, *, client_ca_file: Path | None = None) -> ssl.SSLContext:
+    """A context that shows ``certificate_file``; with ``client_ca_file`` whoever comes must show a certificate that one of these signed.
+
+    Raises OSError (ssl.SSLError is one).
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate_file, key_file, password="")  # without one OpenSSL would ask the terminal
+    if client_ca_file is not None:
+        context.load_verify_locations(client_ca_file)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def marks(paths: Iterable[Path]) -> list[tuple[int, int, int]]:
+    """Something else whenever one of the files is another, was written, or is gone or back."""
+    found = []
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError as exc:
+            found.append((exc.errno or 0, 0, 0))
+        else:
+            found.append((status.st_mtime_ns, status.st_ino, status.st_size))
+    return found
 
 
 def forget_time(context: ssl.SSLContext) -> None:

@@ -7,18 +7,16 @@ so that one gateway can check with the usual means that it speaks to the other i
 
 import re
 import urllib.parse
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from skerry.wire.messages import Tier
+from skerry.wire.topics import NAME, Name
 
 Role = Literal["box", "gateway", "coordinator", "broker"]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
-
-ROLES: dict[str, Role] = {"box": "box", "gateway": "gateway", "coordinator": "coordinator", "broker": "broker"}
 SITE = "site"
 CLAIM_PREFIX = "skn"
 MOST_PEM_BYTES = 16 * 1024
@@ -29,7 +27,7 @@ Labels = Annotated[
     dict[Annotated[str, msgspec.Meta(max_length=63)], Annotated[str, msgspec.Meta(max_length=255)]], msgspec.Meta(max_length=64)
 ]
 
-_URI = re.compile(r"skerry://([A-Za-z0-9][A-Za-z0-9_-]{0,62})/(box|gateway|coordinator|broker)/([A-Za-z0-9][A-Za-z0-9_-]{0,62})")
+_URI = re.compile(rf"skerry://({NAME})/({'|'.join(get_args(Role))})/({NAME})")
 
 
 class NotOurs(ValueError):
@@ -81,7 +79,7 @@ def subject_of(certificate: x509.Certificate) -> Subject:
     sites = [urllib.parse.unquote(uri.removeprefix(start)) for uri in uris if uri.startswith(start)]
     if len(sites) > 1:
         raise NotOurs(f"subjectAltName: {len(sites)} sites where at most one should be")
-    subject = Subject(fleet, ROLES[role], name, sites[0] if sites else "")
+    subject = Subject(fleet, msgspec.convert(role, Role), name, sites[0] if sites else "")
     if common != [subject.common_name]:
         raise NotOurs(f"subject: the common name {str(common)[:80]} is not the {subject.common_name!r} that the URI asks for")
     return subject

@@ -4,7 +4,7 @@ Positions are fixed, so that a broker's access list can compare the node with th
 """
 
 import re
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -15,7 +15,10 @@ Verb = Literal["ack", "logs", "drain", "restart", "snapshot"]
 UP_BRANCHES: tuple[UpBranch, ...] = get_args(UpBranch)
 VERBS: tuple[Verb, ...] = get_args(Verb)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
+"""What may name a fleet, node, model or deployment: safe in topics, paths, URLs and ACLs alike."""
+Name = Annotated[str, msgspec.Meta(pattern=rf"^{NAME}\Z")]
+_NAME = re.compile(NAME, re.ASCII)
 
 
 class Topic(msgspec.Struct, frozen=True):
@@ -27,7 +30,7 @@ class Topic(msgspec.Struct, frozen=True):
 
 
 def is_name(text: str) -> bool:
-    """Whether ``text`` may name a fleet, node, model or deployment: safe in topics, paths, URLs and ACLs alike."""
+    """Whether ``text`` is such a name."""
     return _NAME.fullmatch(text) is not None
 
 

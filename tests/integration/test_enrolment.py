@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -23,29 +22,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from coordinator.ca.authority import DAY_MS, Authority
-from edge_agent.link import identity
 from skerry.demo.broker import find_mosquitto
+from skerry.demo.fleet import free_ports
+from skerry.runtime import keys
 from skerry.wire.identity import Subject, subject_of
 from tests.conftest import need
+from tests.e2e.world import wait_until
 
 FLEET = "north"
 WITHIN_S = 20.0
 UP = ("presence", "birth", "reported", "metrics", "events", "reply")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(happened, within_s: float = WITHIN_S, tell=lambda: ""):
-    """What ``happened`` returns once it is true."""
-    deadline = time.monotonic() + within_s
-    while not (found := happened()):
-        assert time.monotonic() < deadline, tell()
-        time.sleep(0.05)
-    return found
 
 
 class Program:
@@ -73,7 +59,7 @@ class Fleet:
         self.folder = folder
         self.state = folder / "coordinator"
         self.ca = self.state / "ca"
-        self.port, self.broker_port = free_port(), free_port()
+        self.port, self.broker_port = free_ports(2)
         self.url = f"https://127.0.0.1:{self.port}"
         self.programs: dict[str, Program] = {}
 
@@ -89,7 +75,7 @@ class Fleet:
         config = self.folder / "coordinator.toml"
         config.write_text(text)
         self.programs["coordinator"] = Program(self.folder / "coordinator.log", sys.executable, "-m", "coordinator", "--config", config)
-        until(lambda: self.ask("GET", "/healthz", role=None)[0] == 200, tell=(self.folder / "coordinator.log").read_text)
+        wait_until(lambda: self.ask("GET", "/healthz", role=None)[0] == 200, WITHIN_S, (self.folder / "coordinator.log").read_text)
 
     def start_broker(self) -> None:
         folder = self.folder / "broker"
@@ -208,7 +194,7 @@ def joined(fleet: Fleet, node: str, **more: Any) -> Box:
     done = box.enroll(made["claim"], made["fingerprint"])
     assert done.returncode == 0, done.stderr
     box.start()
-    until(lambda: fleet.state_of(node) == "online", tell=lambda: box.log + (fleet.folder / "coordinator.log").read_text())
+    wait_until(lambda: fleet.state_of(node) == "online", WITHIN_S, lambda: box.log + (fleet.folder / "coordinator.log").read_text())
     return box
 
 
@@ -301,15 +287,15 @@ def test_a_box_that_is_thrown_out_is_off_the_broker_within_seconds_and_stays_off
     began = time.monotonic()
     assert fleet.ask("POST", "/v1/nodes/stolen/revoke", {"reason": "stolen from the van"})[0] == 204
     revoked_list_is_read(fleet)
-    until(lambda: "link.lost" in box.log, 5, tell=lambda: box.log)
+    wait_until(lambda: "link.lost" in box.log, 5, lambda: box.log)
     assert time.monotonic() - began < 5
     assert fleet.state_of("stolen") == "revoked"
-    until(lambda: "revoked" in box.log.partition("link.lost")[2], tell=lambda: box.log)
+    wait_until(lambda: "revoked" in box.log.partition("link.lost")[2], WITHIN_S, lambda: box.log)
     assert fleet.programs["stolen"].process.poll() is None, "it goes on by itself"
     time.sleep(2)
     assert fleet.state_of("stolen") == "revoked"
-    key = identity.load_key(box.folder / "id" / "box.key")
-    asked = {"certificate": pem, "csr": identity.signing_request(key, "stolen")}
+    key = keys.load(box.folder / "id" / "box.key")
+    asked = {"certificate": pem, "csr": keys.signing_request(key, "stolen")}
     status, answer = fleet.ask("POST", "/v1/renew", asked, role=None)
     assert status == 403
     assert "revoked" in answer["error"]["message"]
@@ -324,15 +310,24 @@ def test_what_a_box_that_was_thrown_out_still_says_is_passed_over(fleet):
     before = fleet.ask("GET", "/v1/nodes/talker")[1]["version"]
     assert before
     assert fleet.ask("POST", "/v1/nodes/talker/revoke", {})[0] == 204
-    until(lambda: box.log.count("link.lost") >= 1, tell=lambda: box.log)
+    wait_until(lambda: box.log.count("link.lost") >= 1, WITHIN_S, lambda: box.log)
     time.sleep(3)
     assert fleet.state_of("talker") == "revoked"
+
+
+def test_a_box_that_is_thrown_out_soon_after_another_does_not_wait_for_it(fleet):
+    first, second = joined(fleet, "first-out"), joined(fleet, "second-out")
+    assert fleet.ask("POST", "/v1/nodes/first-out/revoke", {})[0] == 204
+    wait_until(lambda: "link.lost" in first.log, 5, lambda: first.log)
+    time.sleep(5)  # the first is thrown off the broker again and again by now, at longer and longer intervals
+    assert fleet.ask("POST", "/v1/nodes/second-out/revoke", {})[0] == 204
+    wait_until(lambda: "link.lost" in second.log, 3, lambda: second.log)
 
 
 def expire(fleet: Fleet, box: Box) -> None:
     """Give a box a certificate for its key that ended nine days ago."""
     authority = Authority(fleet.ca, FLEET, now_ms=time.time_ns() // 10**6)
-    key = identity.load_key(box.folder / "id" / "box.key")
+    key = keys.load(box.folder / "id" / "box.key")
     ten_days_ago = time.time_ns() // 10**6 - 10 * DAY_MS
     issued = authority.issue(key.public_key(), Subject(FLEET, "box", box.node), now_ms=ten_days_ago, life_ms=DAY_MS)
     (box.folder / "id" / "box.crt").write_text(issued.chain)
@@ -341,13 +336,13 @@ def expire(fleet: Fleet, box: Box) -> None:
 def test_a_box_whose_certificate_ended_long_ago_gets_another_by_itself(fleet):
     box = joined(fleet, "sleeper")
     fleet.programs["sleeper"].end()
-    until(lambda: fleet.state_of("sleeper") == "offline")
+    wait_until(lambda: fleet.state_of("sleeper") == "offline", WITHIN_S)
     expire(fleet, box)
     before = box.certificate().serial_number
     box.start()
-    until(lambda: box.certificate().serial_number != before, 40, tell=lambda: box.log)
-    until(lambda: fleet.state_of("sleeper") == "online", tell=lambda: box.log)
-    until(lambda: "certificate.renewed" in [event["kind"] for event in fleet.ask("GET", "/v1/events?node=sleeper")[1]])
+    wait_until(lambda: box.certificate().serial_number != before, 40, lambda: box.log)
+    wait_until(lambda: fleet.state_of("sleeper") == "online", WITHIN_S, lambda: box.log)
+    wait_until(lambda: "certificate.renewed" in [event["kind"] for event in fleet.ask("GET", "/v1/events?node=sleeper")[1]], WITHIN_S)
 
 
 def test_the_agent_has_its_gateways_key_signed_and_it_is_thrown_out_with_the_box(fleet):
@@ -355,9 +350,9 @@ def test_the_agent_has_its_gateways_key_signed_and_it_is_thrown_out_with_the_box
     fleet.programs[box.node].end()
     box.with_gateway().start()
     key = ec.generate_private_key(ec.SECP256R1())
-    (box.folder / "g" / "gateway.csr").write_text(identity.signing_request(key, "any name"))
+    (box.folder / "g" / "gateway.csr").write_text(keys.signing_request(key, "any name"))
     path = box.folder / "id" / "gateway.crt"
-    until(path.exists, 30, tell=lambda: box.log)
+    wait_until(path.exists, 30, lambda: box.log)
     certificate = x509.load_pem_x509_certificate(path.read_bytes())
     assert subject_of(certificate) == Subject(FLEET, "gateway", "with-gateway", "hull")
     assert certificate.public_key() == key.public_key()
@@ -375,11 +370,11 @@ def test_a_box_whose_clock_is_wrong_by_years_is_online_all_the_same(fleet, clock
     need("faketime", "" if program else "not installed")
     box = joined(fleet, f"clock-{'1970' if clock.startswith('1970') else 'ahead'}")
     fleet.programs[box.node].end()
-    until(lambda: fleet.state_of(box.node) == "offline")
+    wait_until(lambda: fleet.state_of(box.node) == "offline", WITHIN_S)
     before = len(box.log)
     argv = [str(program), "-f", f"@{clock}" if clock.startswith("1970") else clock]
     box.start("env", "FAKETIME_DONT_FAKE_MONOTONIC=1", *argv)
-    until(lambda: fleet.state_of(box.node) == "online", 30, tell=lambda: box.log[before:])
+    wait_until(lambda: fleet.state_of(box.node) == "online", 30, lambda: box.log[before:])
     timestamps = {json.loads(line)["timestamp"][:4] for line in box.log[before:].splitlines() if line.startswith("{")}
     assert timestamps
     assert str(time.gmtime().tm_year) not in timestamps, "the clock was not shifted"
@@ -389,7 +384,7 @@ def test_a_certificate_of_another_authority_and_another_boxs_key_renew_nothing(f
     box = joined(fleet, "honest")
     pem = (box.folder / "id" / "box.crt").read_text()
     key = ec.generate_private_key(ec.SECP256R1())
-    theirs = {"certificate": pem, "csr": identity.signing_request(key, "honest")}
+    theirs = {"certificate": pem, "csr": keys.signing_request(key, "honest")}
     status, answer = fleet.ask("POST", "/v1/renew", theirs, role=None)
     assert status == 422
     assert "another key" in answer["error"]["message"]

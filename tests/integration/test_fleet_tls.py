@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from coordinator.ca.authority import DAY_MS, Authority, requested_key
+from skerry.demo.fleet import free_ports
+from skerry.runtime import keys
 from skerry.wire import codec
 from skerry.wire.box import LocalReplica, Route, RouteTable
 from skerry.wire.identity import Role, Subject
@@ -34,12 +35,6 @@ def now_ms() -> int:
     return time.time_ns() // 10**6
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Gateway:
     """A gateway program that has a door for others; its replica is in this process."""
 
@@ -47,7 +42,7 @@ class Gateway:
         self.node, self.tier, self.site, self.authority = node, tier, site, authority
         self.folder = folder / node
         self.folder.mkdir()
-        self.port, self.door = free_port(), free_port()
+        self.port, self.door = free_ports(2)
         self.worker = ScriptedWorker(self.folder / "worker.sock")
         self.ca = self.folder / "ca.crt"
         self.ca.write_text(authority.root_pem)
@@ -139,8 +134,7 @@ class Stranger:
         if subject is not None:
             key = ec.generate_private_key(ec.SECP256R1())
             issued = authority.issue(key.public_key(), subject, now_ms=now_ms(), life_ms=DAY_MS)
-            pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            (folder / "pair.pem").write_bytes(pem + issued.chain.encode())
+            (folder / "pair.pem").write_bytes(keys.pem(key) + issued.chain.encode())
             self.context.load_cert_chain(folder / "pair.pem")
 
     def connection(self, gateway: Gateway) -> http.client.HTTPSConnection:

@@ -25,14 +25,16 @@ import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_http_aio
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from geventhttpclient.response import HTTPConnectionClosed
 from tritonclient.utils import InferenceServerException, shared_memory
 
 from coordinator.ca.authority import DAY_MS, Authority
+from skerry.demo.fleet import free_ports
+from skerry.runtime import keys
 from skerry.wire import codec
 from skerry.wire.box import LocalReplica, Route, RouteTable
 from skerry.wire.identity import Subject
+from tests.e2e.world import wait_until
 from tests.integration.test_worker import start
 from tests.integration.test_worker_batches import model
 
@@ -45,22 +47,6 @@ def now_ms() -> int:
     return time.time_ns() // 10**6
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def until(happened, within_s: float = WITHIN_S, tell=lambda: ""):
-    deadline = time.monotonic() + within_s
-    while not (found := happened()):
-        assert time.monotonic() < deadline, tell()
-        time.sleep(0.05)
-    return found
-
-
 def pair(folder: Path, name: str, authority: Authority, *, now: int | None = None, life_ms: int = DAY_MS) -> tuple[str, str]:
     """A certificate for this machine's loopback, and its key, swapped in whole."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -68,7 +54,7 @@ def pair(folder: Path, name: str, authority: Authority, *, now: int | None = Non
     issued = authority.issue(
         key.public_key(), subject, now_ms=now_ms() if now is None else now, life_ms=life_ms, hosts=["127.0.0.1", "localhost"]
     )
-    texts = {"key": key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), "crt": issued.chain.encode()}
+    texts = {"key": keys.pem(key), "crt": issued.chain.encode()}
     for ending, content in texts.items():
         staging = folder / f"{name}.{ending}.new"
         staging.write_bytes(content)
@@ -108,13 +94,13 @@ class Program:
             path.parent.mkdir(parents=True)
             self._running.append(start(file, path, *more))
             self.workers[name] = path
-        until(lambda: all(path.exists() for path in self.workers.values()))
+        wait_until(lambda: all(path.exists() for path in self.workers.values()), WITHIN_S)
         routes = [Route(name, name, 1, 5000, replicas=[LocalReplica(f"{name}-0", str(path))]) for name, path in self.workers.items()]
         (folder / "routes.json").write_bytes(codec.encode(RouteTable(1, routes)))
         with (folder / "log").open("ab") as log:
             command = [sys.executable, "-m", "edge_agent.gateway", "--config", str(folder / "gateway.toml")]
             self._running.append(subprocess.Popen(command, stdout=log, stderr=log))
-        until(lambda: all(self.is_ready(name) for name in self.workers), tell=lambda: self.log)
+        wait_until(lambda: all(self.is_ready(name) for name in self.workers), WITHIN_S, lambda: self.log)
         return self
 
     def is_ready(self, name: str) -> bool:
@@ -368,13 +354,13 @@ def test_certificates_that_are_replaced_are_taken_up_and_a_bad_pair_changes_noth
         assert connection.getresponse().read() is not None
         before = program.shown()
         pair(program.folder, "server", program.authority)
-        until(lambda: program.shown() != before, tell=lambda: program.log)
+        wait_until(lambda: program.shown() != before, WITHIN_S, lambda: program.log)
         connection.request("GET", "/v2/health/live")
         assert connection.getresponse().status == 200, "a connection that stood goes on"
         now = program.shown()
         good = Path(program.key).read_bytes()
         Path(program.key).write_text("-----BEGIN PRIVATE KEY-----\n")
-        until(lambda: "tls.not_renewed" in program.log)
+        wait_until(lambda: "tls.not_renewed" in program.log, WITHIN_S)
         assert program.shown() == now
         Path(program.key).write_bytes(good)
         with contextlib.closing(grpcs_client(program)) as client:

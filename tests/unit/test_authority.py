@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from coordinator.ca.authority import DAY_MS, ISSUING_DAYS, Authority, AuthorityUnusable, BadRequest, requested_key
-from edge_agent.link.identity import signing_request
+from skerry.runtime.keys import signing_request
 from skerry.wire.identity import NotOurs, Subject, subject_of
 
 NOW_MS = 1_800_000_000_000

@@ -1,5 +1,6 @@
 """Topics are built and parsed in one place, and only whole."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,3 +41,16 @@ def test_no_name_can_reach_outside_its_position(name):
         return
     assert built.count("/") == 4
     assert not set(name) & set("/+#\x00 ")
+
+
+@given(
+    st.text(max_size=70)
+    | st.from_regex(topics.NAME, fullmatch=True)
+    | st.sampled_from(["a\n", "a\r\n", "a" * 63, "a" * 64, "_a", "\u00e9"])
+)
+def test_a_message_takes_for_a_name_what_a_topic_does(text):
+    try:
+        taken = msgspec.convert(text, topics.Name) == text
+    except msgspec.ValidationError:
+        taken = False
+    assert taken == topics.is_name(text)

@@ -406,20 +406,17 @@ def test_the_command_line_prints_lines_as_they_are_and_json_for_scripts(world):
         assert b"there is no replica 'nothing-0'" in gone.stderr
 
 
-def heeding_ctrl_c() -> None:
-    """Runs in a child: a shell that starts us in the background has us, and what we start, ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_following_prints_each_line_once_over_a_loss_and_ends_with_ctrl_c(world, monkeypatch):
     sandboxes = Sandboxes(**{"scale-0": ["one"]})
     monkeypatch.setenv("SKERRY_URL", world.fleet.url)
     monkeypatch.setenv("SKERRY_TOKEN", world.fleet.token)
     with box(world, "good-5", sandboxes.read):
-        command = [sys.executable, "-m", "skerry", "logs", "good-5", "scale-0", "-f"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heeding_ctrl_c) as following:  # noqa: PLW1509
+        # A shell that starts us in the background has us, and what we start, ignore Ctrl-C; and a fork that runs Python is none that
+        # threads allow.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "skerry", "logs", "good-5", "scale-0", "-f"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as following:
             assert following.stdout is not None
-            assert following.stdout.readline() == b"one\n"
+            assert (first := following.stdout.readline()) == b"one\n", following.communicate(timeout=10) if not first else ""
             sandboxes.logs["scale-0"] += ["two", "three"]
             assert [following.stdout.readline() for _ in range(2)] == [b"two\n", b"three\n"]
             sandboxes.is_broken = True

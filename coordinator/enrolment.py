@@ -110,7 +110,7 @@ class Enrolment:
     async def make_claim(self, request: ClaimRequest) -> ClaimMade:
         """A new one."""
         claim_id, secret, now_ms = secrets.token_hex(CLAIM_ID_BYTES), secrets.token_urlsafe(SECRET_BYTES), _now_ms()
-        view = ClaimView(claim_id, request.labels, request.node or "", request.tier or "", now_ms, now_ms + request.expires_s * 1000)
+        view = ClaimView(claim_id, request.labels, request.node or "", request.tier, now_ms, now_ms + request.expires_s * 1000)
         await self._database.write(lambda tables: identity.save_claim(tables, view, identity.digest_of(secret)))
         return ClaimMade(claim_id, claim_text(claim_id, secret), view.expires_at_ms, self._public_url, self._authority.fingerprint)
 

@@ -29,14 +29,14 @@ ENVELOPE_BYTES = 512
 def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None) -> planner.Node | None:
     """A box as the planner sees it; None for one that has not said what it is, and for one that was thrown out.
 
-    The labels that it was enrolled with stand above those that it says.
+    The tier and labels that it was enrolled with stand above those that it says.
     """
     if stored.birth is None or (enrolment is not None and enrolment.revoked_at_ms):
         return None
     birth = stored.birth
     return planner.Node(
         id=stored.id,
-        tier=birth.tier,
+        tier=enrolment.tier if enrolment else birth.tier,
         labels=birth.labels | (enrolment.labels if enrolment else {}),
         gateway_url=birth.gateway_url,
         online=stored.online,

@@ -62,7 +62,7 @@ class Views:
         return NodeView(
             id=node.id,
             state="revoked" if is_out else "online" if node.online else "offline" if birth else "new",
-            tier=birth.tier if birth else None,
+            tier=enrolment.tier if enrolment else birth.tier if birth else None,
             labels=(birth.labels if birth else {}) | (enrolment.labels if enrolment else {}),
             is_enrolled=enrolment is not None and not is_out,
             bound=sorted(enrolment.labels) if enrolment else [],

@@ -9,6 +9,7 @@ import msgspec
 from sqlite_utils import Database as Tables
 
 from skerry.wire.identity import SITE, CertificateView, ClaimView
+from skerry.wire.messages import Tier
 
 USED_CLAIMS_KEPT_MS = 30 * 24 * 3600 * 1000
 
@@ -18,9 +19,10 @@ class Refused(Exception):
 
 
 class Enrolment(msgspec.Struct, frozen=True):
-    """A box that joined: the labels that it can't change, the key that it joined with, and when it was thrown out (0: it was not)."""
+    """A box that joined: tier and labels, which it can't change, the key that it joined with, when it was thrown out (0: it was not)."""
 
     node: str
+    tier: Tier
     labels: dict[str, str]
     key_sha256: str
     token_sha256: str
@@ -68,7 +70,7 @@ def withdraw_claim(tables: Tables, claim_id: str) -> bool:
 
 
 def redeem(
-    tables: Tables, claim_id: str, secret: str, *, node: str, tier: str, key_sha256: str, token_sha256: str, now_ms: int
+    tables: Tables, claim_id: str, secret: str, *, node: str, tier: Tier, key_sha256: str, token_sha256: str, now_ms: int
 ) -> Enrolment:
     """Let a box in, once for each claim. Raises Refused.
 
@@ -107,7 +109,7 @@ def redeem(
             " WHERE node = ? AND role IN ('box', 'gateway') AND revoked_at_ms IS NULL",
             [now_ms, node],
         )
-    return Enrolment(node, claim.labels, key_sha256, token_sha256, 0)
+    return Enrolment(node, tier, claim.labels, key_sha256, token_sha256, 0)
 
 
 # -- boxes
@@ -124,7 +126,7 @@ def read_one(tables: Tables, node: str) -> Enrolment | None:
 
 
 def _enrolment(row: dict[str, Any]) -> Enrolment:
-    return Enrolment(row["node"], json.loads(row["labels"]), row["key_sha256"], row["token_sha256"], row["revoked_at_ms"] or 0)
+    return Enrolment(row["node"], row["tier"], json.loads(row["labels"]), row["key_sha256"], row["token_sha256"], row["revoked_at_ms"] or 0)
 
 
 def revoke(tables: Tables, node: str, *, reason: str, now_ms: int) -> bool:

@@ -27,7 +27,7 @@ def attach(app: typer.Typer) -> None:
 def token(
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, which the box gets and can't change; again for more")] = None,
     name: Annotated[str, typer.Option(help="the only name that it is good for; needed to enrol a box anew with another key")] = "",
-    tier: Annotated[str, typer.Option(help="edge or cloud, if it is good for one alone")] = "",
+    tier: Annotated[str, typer.Option(help="edge or cloud: what the box is, and can't change")] = "edge",
     expires: Annotated[str, typer.Option(help="how long it may be redeemed, as in 90m or 7d; 30d at most")] = "24h",
     as_json: Json = False,
 ) -> None:
@@ -39,7 +39,7 @@ def token(
         expires_s = parse_duration_ms(expires) // 1000
     except ValueError as exc:
         raise CliError(f"--expires: {exc}", exit_code=EXIT_USAGE) from exc
-    fields = {"labels": {key: value for key, _, value in pairs}, "node": name or None, "tier": tier or None, "expires_s": expires_s}
+    fields = {"labels": {key: value for key, _, value in pairs}, "node": name or None, "tier": tier, "expires_s": expires_s}
     try:
         body = codec.encode(codec.decode(codec.encode(fields), ClaimRequest))
     except codec.Malformed as exc:

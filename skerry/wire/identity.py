@@ -86,11 +86,11 @@ def subject_of(certificate: x509.Certificate) -> Subject:
 
 
 class ClaimRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A claim to make: the labels that whoever redeems it gets and can't change, and, where they are given, its name and tier."""
+    """A claim to make: the labels and the tier that whoever redeems it gets and can't change, and, where it is given, the name."""
 
     labels: Labels = {}
     node: Name | None = None
-    tier: Tier | None = None
+    tier: Tier = "edge"
     expires_s: Annotated[int, msgspec.Meta(ge=60, le=MOST_CLAIM_S)] = 24 * 3600
 
 
@@ -105,7 +105,7 @@ class ClaimMade(msgspec.Struct, frozen=True):
 
 
 class ClaimView(msgspec.Struct, frozen=True):
-    """A claim as it stands; ``used_by`` is the box that it was redeemed for."""
+    """A claim as it stands; ``used_by`` is the box that it was redeemed for. Claims of earlier versions have no ``tier``."""
 
     id: str
     labels: dict[str, str]

@@ -213,11 +213,28 @@ def test_a_box_joins_with_a_claim_and_a_fingerprint_and_is_online_by_its_certifi
     assert not [path for path in fleet.state.rglob("*") if path.is_file() and key in path.read_bytes()], "the key left the box"
 
 
-def test_a_label_that_came_with_the_claim_can_not_be_changed_by_the_box(fleet):
-    joined(fleet, "mover", labels={"site": "bank", "colour": "red"})
+def test_tier_and_labels_that_a_box_joined_with_can_not_be_changed_by_it(fleet):
+    box = joined(fleet, "mover", labels={"site": "bank", "colour": "red"})
+    fleet.programs["mover"].end()
+    settings = box.config.read_text()
+    box.config.write_text(settings.replace('tier = "edge"', 'tier = "cloud"').replace("red", "blue"))
+    assert box.config.read_text() != settings
+    box.start()
+    wait_until(lambda: fleet.ask("GET", "/v1/nodes/mover")[1]["labels"].get("colour") == "blue", WITHIN_S, lambda: box.log)
     view = fleet.ask("GET", "/v1/nodes/mover")[1]
-    assert view["labels"] == {"site": "hull", "colour": "red"}
+    assert (view["tier"], view["labels"]) == ("edge", {"site": "hull", "colour": "blue"})
     assert (view["is_enrolled"], view["bound"]) == (True, ["site"])
+
+
+def test_a_claim_is_for_a_box_of_the_edge_unless_it_says_otherwise(fleet):
+    climber = Box(fleet, "climber")
+    climber.config.write_text(climber.config.read_text().replace('tier = "edge"', 'tier = "cloud"'))
+    made = fleet.claim()
+    refused = climber.enroll(made["claim"], made["fingerprint"])
+    assert refused.returncode == 1
+    assert "this claim is for 'edge' alone" in refused.stderr
+    made = fleet.claim(tier="cloud")
+    assert climber.enroll(made["claim"], made["fingerprint"]).returncode == 0
 
 
 def test_whoever_answers_with_another_root_is_told_nothing(fleet):

@@ -1,5 +1,8 @@
 """The fleet's coordinator: registry, planner, model store, API and console."""
 
+import sys
+
+from coordinator.accounts import admin_link
 from coordinator.config import Config
 from coordinator.daemon import main
 from skerry.runtime import lifecycle
@@ -7,6 +10,8 @@ from skerry.runtime import lifecycle
 
 def run() -> None:
     """The console command ``skerry-coordinator``."""
+    if sys.argv[1:2] == ["admin-link"]:
+        sys.exit(admin_link.run(sys.argv[2:]))
     lifecycle.run("skerry-coordinator", Config, main, state_dir=lambda config: config.state_dir)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import msgspec
 
-from skerry.runtime.settings import Broker
+from skerry.runtime.settings import Broker, SettingsError, is_loopback, split_listen
 from skerry.wire.topics import Name
 
 
@@ -27,6 +27,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Pass over what boxes say that did not enrol. A broker that asks for certificates turns them away itself."""
     tls: bool = False
     """Serve HTTPS with a certificate of the fleet's own authority, for the host of ``public_url``."""
+    plain_http: bool = False
+    """Listen beyond this machine without TLS: passwords and tokens can then be read on the way."""
+    behind_proxy: bool = False
+    """Whether a proxy in front tells callers' addresses (X-Forwarded-For) and TLS (X-Forwarded-Proto); else anybody could."""
     model_limit_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 4 * 2**30
     """Largest model that may be pushed."""
     queue: Annotated[int, msgspec.Meta(ge=100, le=1_000_000)] = 20_000
@@ -35,3 +39,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Width of a stored bucket of measurements."""
     keep_rollups_h: Annotated[int, msgspec.Meta(ge=1)] = 48
     keep_events: Annotated[int, msgspec.Meta(ge=1000)] = 1_000_000
+
+    def __post_init__(self) -> None:
+        try:
+            host = split_listen(self.listen)[0]
+        except SettingsError as exc:
+            raise ValueError(str(exc)) from exc
+        if not (self.tls or self.plain_http or is_loopback(host)):
+            raise ValueError(
+                f"listen: {self.listen} is reached from other machines, and without TLS: set `tls = true`, listen on 127.0.0.1 behind a"
+                " proxy that has TLS, or say `plain_http = true`"
+            )

@@ -7,9 +7,15 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from coordinator.accounts.changes import Changes
+from coordinator.accounts.directory import Directory
+from coordinator.accounts.entry import Entry
+from coordinator.accounts.passwords import Passwords
+from coordinator.api import accounts as account_calls
 from coordinator.api import enrolment as enrolment_calls
 from coordinator.api.access import Access
-from coordinator.api.answers import json_answer, problems
+from coordinator.api.accounts import AccountCalls
+from coordinator.api.answers import json_answer, problems, refuse
 from coordinator.api.calls import CALLS, Calls
 from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.openapi import document
@@ -17,7 +23,7 @@ from coordinator.ca.authority import Authority, AuthorityUnusable
 from coordinator.ca.signer import KeyUnusable, Signer
 from coordinator.commands import Commands
 from coordinator.config import Config
-from coordinator.console import pages
+from coordinator.console import routes as console
 from coordinator.enrolment import Enrolment
 from coordinator.eviction import Evictions
 from coordinator.housekeeping import Housekeeping
@@ -89,6 +95,10 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         thrown_out=thrown_out,
     )
     await enrolment.begin()
+    directory, passwords = Directory(database), Passwords()
+    await directory.begin()
+    entry = Entry(database, directory, passwords)
+    changes = Changes(database, directory, entry, passwords, state_dir=config.state_dir, public_url=config.public_url)
 
     def admits(node: str) -> bool:
         return not enrolment.is_thrown_out(node) and (enrolment.is_enrolled(node) or not config.require_enrolled)
@@ -102,8 +112,9 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         keep_events=config.keep_events,
         is_connected=lambda: session.is_connected,
         refresh_list=enrolment.refresh_list,
+        write_uses=directory.write_uses,
     )
-    access = Access(config.state_dir, enrolment.is_token)
+    access = Access(config.state_dir, directory, enrolment.is_token, behind_proxy=config.behind_proxy)
     views = Views(database, live, fleet=config.fleet, rollup_s=config.rollup_s)
     calls = Calls(
         database=database,
@@ -114,11 +125,14 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         replan=plan_loop.wake,
         commands=commands,
         is_connected=lambda: session.is_connected,
-        public_url=config.public_url,
     )
-    runner = web.AppRunner(
-        make_app(config, calls, EnrolmentCalls(enrolment, access), views, access), access_log=None, shutdown_timeout=SHUTDOWN_S
+    joining = EnrolmentCalls(enrolment, access)
+    people = AccountCalls(database, changes, entry, access, public_url=config.public_url)
+    app = make_app(config, calls, joining, people, access)
+    console.attach(
+        app, fleet=config.fleet, views=views, database=database, access=access, entry=entry, changes=changes, status=calls.status
     )
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     try:
         host, port = settings.split_listen(config.listen)
@@ -161,19 +175,21 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def make_app(config: Config, calls: Calls, joining: EnrolmentCalls, views: Views, access: Access) -> web.Application:
-    """The API under ``/v1`` and the console everywhere else."""
+def make_app(config: Config, calls: Calls, joining: EnrolmentCalls, people: AccountCalls, access: Access) -> web.Application:
+    """The API under ``/v1``."""
     app = web.Application(middlewares=[problems], client_max_size=config.model_limit_bytes)
     app.add_routes([web.route(call.method, call.path, calls.handler(call)) for call in CALLS])
     app.add_routes([web.route(call.method, call.path, joining.handler(call)) for call in enrolment_calls.CALLS])
+    app.add_routes([web.route(call.method, call.path, people.handler(call)) for call in account_calls.CALLS])
     described = document()
 
-    async def openapi(_: web.Request) -> web.Response:
+    async def openapi(request: web.Request) -> web.Response:
+        if access.caller_of(request) is None:
+            raise refuse(401, "not_logged_in", "a token is needed", hint="set SKERRY_TOKEN, or run 'skerry login'")
         return json_answer(described)
 
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="alive\n")
 
     app.add_routes([web.get("/openapi.json", openapi), web.get("/healthz", healthz)])
-    pages.attach(app, views, access, fleet=config.fleet, status=calls.status)
     return app

@@ -11,7 +11,8 @@ from sqlite_utils import Database as Tables
 
 from coordinator.ca.authority import Authority, BadRequest, key_digest, requested_key
 from coordinator.news import News
-from coordinator.registry import events, identity, nodes
+from coordinator.registry import audit, events, identity, nodes
+from coordinator.registry.audit import Actor
 from coordinator.registry.database import Database
 from skerry.runtime import durable, log
 from skerry.wire.identity import (
@@ -107,26 +108,39 @@ class Enrolment:
 
     # -- by operators
 
-    async def make_claim(self, request: ClaimRequest) -> ClaimMade:
+    async def make_claim(self, request: ClaimRequest, actor: Actor) -> ClaimMade:
         """A new one."""
         claim_id, secret, now_ms = secrets.token_hex(CLAIM_ID_BYTES), secrets.token_urlsafe(SECRET_BYTES), _now_ms()
         view = ClaimView(claim_id, request.labels, request.node or "", request.tier, now_ms, now_ms + request.expires_s * 1000)
-        await self._database.write(lambda tables: identity.save_claim(tables, view, identity.digest_of(secret)))
+
+        def work(tables: Tables) -> None:
+            identity.save_claim(tables, view, identity.digest_of(secret))
+            bound = [f"tier {view.tier}", *([f"name {view.node}"] if view.node else []), _labels(view.labels), f"{request.expires_s} s"]
+            audit.append(tables, actor, "claim.made", claim_id, after=", ".join(bound), now_ms=now_ms)
+
+        await self._database.write(work)
         return ClaimMade(claim_id, claim_text(claim_id, secret), view.expires_at_ms, self._public_url, self._authority.fingerprint)
 
     async def claims(self) -> list[ClaimView]:
         """Every claim, without what it takes to redeem it."""
         return await self._database.read(identity.read_claims)
 
-    async def withdraw(self, claim_id: str) -> bool:
+    async def withdraw(self, claim_id: str, actor: Actor) -> bool:
         """Take a claim back that nobody redeemed."""
-        return await self._database.write(lambda tables: identity.withdraw_claim(tables, claim_id))
+
+        def work(tables: Tables) -> bool:
+            was_there = identity.withdraw_claim(tables, claim_id)
+            if was_there:
+                audit.append(tables, actor, "claim.withdrawn", claim_id, now_ms=_now_ms())
+            return was_there
+
+        return await self._database.write(work)
 
     async def certificates(self, node: str) -> list[CertificateView]:
         """Those of a box that have not ended."""
         return await self._database.read(lambda tables: identity.read_certificates(tables, node))
 
-    async def revoke(self, node: str, reason: str) -> bool:
+    async def revoke(self, node: str, reason: str, actor: Actor) -> bool:
         """Throw a box out; says whether it was in."""
         now_ms = _now_ms()
 
@@ -136,6 +150,7 @@ class Enrolment:
                 if box is not None:
                     nodes.save_presence(tables, node, Presence(False, "", box.session_epoch), now_ms)
                 events.add_own_event(tables, node, "node.revoked", node, reason or "no reason was given", now_ms)
+                audit.append(tables, actor, "node.revoked", node, after=reason, now_ms=now_ms)
             return identity.read_one(tables, node)
 
         held = await self._database.write(work)
@@ -150,7 +165,7 @@ class Enrolment:
 
     # -- by boxes
 
-    async def enroll(self, request: EnrollRequest) -> Enrolled:
+    async def enroll(self, request: EnrollRequest, *, address: str) -> Enrolled:
         """Let a box in. Raises BadRequest, TooManyTries, and registry.identity.Refused."""
         self._count_try()
         claim = parse_claim(request.claim)
@@ -163,10 +178,11 @@ class Enrolment:
                 tables, *claim, node=request.node, tier=request.tier, key_sha256=key_digest(key),
                 token_sha256=identity.digest_of(token), now_ms=now_ms,
             )  # fmt: skip
-            labels = ", ".join(f"{name}={value}" for name, value in held.labels.items())
-            events.add_own_event(
-                tables, request.node, "node.enrolled", request.node, f"by claim {claim[0]}; labels {labels or 'none'}", now_ms
-            )
+            labels = _labels(held.labels)
+            events.add_own_event(tables, request.node, "node.enrolled", request.node, f"by claim {claim[0]}; {labels}", now_ms)
+            actor = Actor(f"box {request.node}", f"claim {claim[0]}", address)
+            after = f"tier {held.tier}, {labels}, key {held.key_sha256}"
+            audit.append(tables, actor, "node.enrolled", request.node, after=after, now_ms=now_ms)
             return held, self._issue(tables, held, key, now_ms)
 
         before = self._enrolled.get(request.node)
@@ -226,6 +242,10 @@ class Enrolment:
         """The same, when a day has passed: a list that ended would shut everybody out."""
         if _now_ms() - self._listed_at_ms > LIST_EVERY_MS:
             await self.write_list()
+
+
+def _labels(labels: dict[str, str]) -> str:
+    return f"labels {', '.join(f'{name}={value}' for name, value in labels.items()) or 'none'}"
 
 
 def _now_ms() -> int:

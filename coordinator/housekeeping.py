@@ -33,6 +33,7 @@ class Housekeeping:
         keep_events: int,
         is_connected: Callable[[], bool],
         refresh_list: Callable[[], Awaitable[None]],
+        write_uses: Callable[[], Awaitable[None]],
     ) -> None:
         self._database = database
         self._live = live
@@ -41,6 +42,7 @@ class Housekeeping:
         self._keep_events = keep_events
         self._is_connected = is_connected
         self._refresh_list = refresh_list
+        self._write_uses = write_uses
         self._connected_since_ms = 0
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -53,6 +55,7 @@ class Housekeeping:
                 if looks % TIDY_EVERY == 0:
                     await self._database.write(self._tidy)
                     await self._refresh_list()
+                    await self._write_uses()
             except (RegistryFailed, OSError) as exc:
                 logger.error("housekeeping.failed", reason=str(exc))
 

@@ -1,86 +1,88 @@
-"""Who may call: bearer tokens for programs, one-time links and a signed cookie for browsers. Roles: ``operator`` and ``box``."""
+"""Who calls: programs by bearer tokens, browsers by a session's cookie. What a cookie changes needs the page's own CSRF token besides."""
 
-import base64
 import hashlib
 import hmac
+import ipaddress
 import secrets
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from aiohttp import web
 
+from coordinator.accounts.directory import OPERATOR, Caller, Directory
+from coordinator.registry.audit import Actor
 from skerry.runtime import durable
-
-Role = Literal["operator", "box"]
-ROLES: tuple[Role, ...] = ("operator", "box")
+from skerry.wire.accounts import TOKEN_PREFIX
 
 COOKIE = "skerry_session"
-SESSION_S = 12 * 3600
-LINK_S = 600
-MOST_LINKS = 100
+CSRF_HEADER = "X-CSRF-Token"
+SAFE_METHODS = ("GET", "HEAD")
 
 
 class Access:
-    """Tokens lie in ``state_dir/<role>.token``, made on first start, readable by the coordinator's user alone.
+    """``state_dir/operator.token`` and ``box.token`` are made on first start, readable by the coordinator's user alone.
 
-    ``is_box`` says whether a token is one that an enrolled box was given.
+    ``is_box`` says whether a token is one that an enrolled box was given. With ``behind_proxy`` a caller's address is what the nearest
+    proxy says it is, and so is whether it came over TLS.
     """
 
-    def __init__(self, state_dir: Path, is_box: Callable[[str], bool]) -> None:
+    def __init__(self, state_dir: Path, directory: Directory, is_box: Callable[[str], bool], *, behind_proxy: bool) -> None:
+        self._directory = directory
         self._is_box = is_box
-        self._tokens: dict[Role, str] = {role: _token(state_dir / f"{role}.token") for role in ROLES}
-        self._cookie_key = hashlib.sha256(b"skerry console cookie\0" + self._tokens["operator"].encode()).digest()
-        self._links: dict[str, float] = {}
+        self._behind_proxy = behind_proxy
+        self._files: dict[Literal["operator", "box"], str] = {"operator": "", "box": ""}
+        for role in self._files:
+            self._files[role] = _token(state_dir / f"{role}.token")
 
-    def role_of(self, request: web.Request) -> Role | None:
-        """What the caller may act as; None for a stranger. A cookie counts for reading alone, so that no other site can make it act."""
+    def caller_of(self, request: web.Request) -> Caller | None:
+        """None for a stranger, and for a browser that would change something without its page's token."""
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            for role, known in self._tokens.items():
-                if hmac.compare_digest(known.encode(), token.strip().encode(errors="surrogateescape")):
-                    return role
-            return "box" if self._is_box(token.strip()) else None
-        if request.method in ("GET", "HEAD") and self._is_session(request.cookies.get(COOKIE, "")):
-            return "operator"
-        return None
-
-    def make_link(self) -> str:
-        """A code that logs one browser in, once."""
-        now = time.monotonic()
-        self._links = {code: until for code, until in self._links.items() if until > now}
-        while len(self._links) >= MOST_LINKS:
-            self._links.pop(next(iter(self._links)))
-        code = secrets.token_urlsafe(24)
-        self._links[code] = now + LINK_S
-        return code
-
-    def redeem(self, code: str) -> str | None:
-        """The cookie's value for a code that is good; the code is spent."""
-        until = self._links.pop(code, 0.0)
-        if until <= time.monotonic():
+            return self.of_token(token.strip())
+        cookie = request.cookies.get(COOKIE, "")
+        if request.method not in SAFE_METHODS and not is_csrf_token(cookie, request.headers.get(CSRF_HEADER, "")):
             return None
-        return self._sign(int(time.time()) + SESSION_S)
+        return self.of_cookie(cookie)
 
-    def cookie_for_token(self, token: str) -> str | None:
-        """The cookie's value for somebody who typed the operator's token."""
-        return (
-            self._sign(int(time.time()) + SESSION_S)
-            if hmac.compare_digest(token.strip().encode(errors="surrogateescape"), self._tokens["operator"].encode())
-            else None
-        )
+    def of_cookie(self, cookie: str) -> Caller | None:
+        """Whose session that is. For what changes something the caller checks the CSRF token besides."""
+        return self._directory.of_session(cookie)
 
-    def _sign(self, until: int) -> str:
-        text = f"{until}.{secrets.token_urlsafe(8)}"
-        seal = base64.urlsafe_b64encode(hmac.digest(self._cookie_key, text.encode(errors="surrogateescape"), "sha256")).decode().rstrip("=")
-        return f"{text}.{seal}"
+    def of_token(self, token: str) -> Caller | None:
+        """Whoever shows that token."""
+        if token.startswith(TOKEN_PREFIX):
+            return self._directory.of_token(token)
+        for role, known in self._files.items():
+            if hmac.compare_digest(known.encode(), token.encode(errors="surrogateescape")):
+                return Caller(OPERATOR if role == "operator" else "(box)", role, f"{role}.token")
+        return Caller("(box)", "box", "a box's token") if self._is_box(token) else None
 
-    def _is_session(self, cookie: str) -> bool:
-        text, _, seal = cookie.rpartition(".")
-        good = base64.urlsafe_b64encode(hmac.digest(self._cookie_key, text.encode(errors="surrogateescape"), "sha256")).decode().rstrip("=")
-        until = text.partition(".")[0]
-        return hmac.compare_digest(seal.encode(errors="surrogateescape"), good.encode()) and until.isdigit() and int(until) > time.time()
+    def address_of(self, request: web.Request) -> str:
+        """Where a request comes from, as text."""
+        told = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip() if self._behind_proxy else ""
+        try:
+            return str(ipaddress.ip_address(told or request.remote or ""))
+        except ValueError:
+            return request.remote or ""
+
+    def is_tls(self, request: web.Request) -> bool:
+        """Whether the caller's browser sees TLS."""
+        return request.secure or (self._behind_proxy and request.headers.get("X-Forwarded-Proto") == "https")
+
+    def actor_of(self, request: web.Request, caller: Caller) -> Actor:
+        """For the record."""
+        return Actor(caller.name, caller.via, self.address_of(request))
+
+
+def csrf_token(cookie: str) -> str:
+    """What a page of the session's own sends with what it changes. Another site sees neither it nor the cookie."""
+    return hashlib.sha256(b"skerry console csrf\0" + cookie.encode(errors="surrogateescape")).hexdigest()
+
+
+def is_csrf_token(cookie: str, text: str) -> bool:
+    """Whether ``text`` is the session's."""
+    return bool(cookie) and hmac.compare_digest(csrf_token(cookie).encode(), text.encode(errors="surrogateescape"))
 
 
 def _token(path: Path) -> str:

@@ -1,9 +1,11 @@
 """Answers of one shape: JSON from Structs, and every error as ProblemBody."""
 
+import math
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from coordinator.accounts.refusals import NotDone, NotLetIn, NotThere, TryLater
 from coordinator.ca.authority import BadRequest
 from coordinator.commands import NoAnswer, TooMany
 from coordinator.core.deployment import DeploymentError
@@ -64,6 +66,20 @@ def _not_let_in(exc: BadRequest | identity.Refused | TooManyTries) -> tuple[int,
             return 429, Problem("too_many_tries", str(exc))
 
 
+def _of_accounts(exc: NotLetIn | TryLater | NotDone | NotThere) -> tuple[int, Problem]:
+    """Users and tokens."""
+    match exc:
+        case NotLetIn():
+            return 401, Problem("not_let_in", str(exc))
+        case TryLater():
+            return 429, Problem("too_many_tries", str(exc), hint=f"try again in {exc.after_s:.0f} s")
+        case NotThere():
+            return 404, Problem("not_found", str(exc))
+        case NotDone():
+            status = 403 if exc.code == "not_allowed" else 422 if exc.code.startswith("invalid_") else 409
+            return status, Problem(exc.code, str(exc), field=exc.field)
+
+
 def _problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901 - a table
     match exc:
         case Refused():
@@ -75,6 +91,8 @@ def _problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901 - a table
             return 507 if exc.code == "disk" else 413 if exc.code == "too_large" else 422, Problem(exc.code, str(exc), field=field)
         case BadRequest() | identity.Refused() | TooManyTries():
             return _not_let_in(exc)
+        case NotLetIn() | TryLater() | NotDone() | NotThere():
+            return _of_accounts(exc)
         case Exists():
             return 409, Problem("version_exists", str(exc))
         case RegistryFailed():
@@ -102,4 +120,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         status, problem = _problem_of(exc)
         if status >= 500:
             logger.error("request.failed", path=request.path, code=problem.code, reason=problem.message)
-        return json_answer(ProblemBody(problem), status=status)
+        answer = json_answer(ProblemBody(problem), status=status)
+        if isinstance(exc, TryLater):
+            answer.headers["Retry-After"] = str(math.ceil(exc.after_s))
+        return answer

@@ -10,23 +10,24 @@ import msgspec
 from aiohttp import web
 from sqlite_utils import Database as Tables
 
-from coordinator.api.access import LINK_S, Access, Role
+from coordinator.accounts.directory import Caller
+from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.bodies import beginning
 from coordinator.commands import Commands
 from coordinator.core import deployment as deployment_file
 from coordinator.model_store import ModelStore
 from coordinator.news import News
-from coordinator.registry import deployments, events, models, nodes
+from coordinator.registry import audit, deployments, events, models, nodes
 from coordinator.registry.database import Database
 from coordinator.views import Views
 from skerry.wire import codec, logs, topics
+from skerry.wire.accounts import Role, may
 from skerry.wire.api import (
     Accepted,
     DeploymentView,
     EventView,
     LoadView,
-    LoginLink,
     LogsView,
     ModelView,
     NodeView,
@@ -52,7 +53,10 @@ class Call(msgspec.Struct, frozen=True):
     summary: str
     answer: Any
     status: int = 200
-    roles: tuple[Role, ...] = ("operator",)
+    role: Role = "viewer"
+    """Who may: users with this role, or one above it."""
+    boxes: bool = False
+    """Whether boxes may as well."""
     body: str = ""
     query: dict[str, str] = {}
     is_open: bool = False
@@ -66,25 +70,25 @@ CALLS = [
     Call("GET", "/v1/nodes/{id}/load", "show_load", "A box's load over time", LoadView, query={"minutes": "1 to 2880, default 15"}),
     Call(
         "GET", "/v1/nodes/{id}/replicas/{replica}/logs", "read_logs", "What a replica's sandbox wrote, asked of its box now", LogsView,
-        query={"lines": "of the newest, 1 to 2000, default 100", "after": "a position: only what came since"},
+        role="operator", query={"lines": "of the newest, 1 to 2000, default 100", "after": "a position: only what came since"},
     ),
     Call("GET", "/v1/models", "list_models", "Every model version", list[ModelView]),
     Call(
-        "PUT", "/v1/models/{name}/versions/{version}", "push_model", "Push a model version", Pushed, 201, body="application/octet-stream",
-        query={
+        "PUT", "/v1/models/{name}/versions/{version}", "push_model", "Push a model version", Pushed, 201,
+        role="operator", body="application/octet-stream", query={
             "sha256": "the file's digest, checked",
             "warmup": "inputs of the warm-up run: JSON, [{name, shape, value}]",
             "state": "outputs that are the next request's inputs within a sequence: JSON, [{input, output}]",
         },
     ),
-    Call("GET", "/v1/artifacts/{sha256}", "fetch_artifact", "A model's bytes; ranges are served", bytes, roles=("operator", "box")),
+    Call("GET", "/v1/artifacts/{sha256}", "fetch_artifact", "A model's bytes; ranges are served", bytes, role="operator", boxes=True),
     Call("GET", "/v1/deployments", "list_deployments", "Every deployment", list[DeploymentView]),
     Call(
         "POST", "/v1/deployments", "deploy", "Create or change a deployment: the file as its owner wrote it", Accepted, 202,
-        body="application/yaml",
+        role="operator", body="application/yaml",
     ),
     Call("GET", "/v1/deployments/{name}", "show_deployment", "One deployment", DeploymentView),
-    Call("DELETE", "/v1/deployments/{name}", "delete_deployment", "Remove a deployment from every box", Accepted, 202),
+    Call("DELETE", "/v1/deployments/{name}", "delete_deployment", "Remove a deployment from every box", Accepted, 202, role="operator"),
     Call(
         "GET", "/v1/split", "show_split", "Who answered over time", SplitView,
         query={"minutes": "1 to 2880, default 15", "deployment": "only this one's", "node": "only this one's"},
@@ -97,8 +101,12 @@ CALLS = [
         },
     ),
     Call("GET", "/v1/stream", "stream", "Server-sent events that name what changed", str),
-    Call("POST", "/v1/login-links", "make_login_link", "A link that logs one browser in, once", LoginLink, 201),
 ]  # fmt: skip
+
+
+CALLER = web.RequestKey("caller", Caller)
+ACTOR = web.RequestKey("actor", audit.Actor)
+"""Set on requests of those who were checked."""
 
 
 def checked(access: Access, call: Call, method: Handler) -> Handler:
@@ -106,11 +114,13 @@ def checked(access: Access, call: Call, method: Handler) -> Handler:
 
     async def handler(request: web.Request) -> web.StreamResponse:
         if not call.is_open:
-            role = access.role_of(request)
-            if role is None:
+            caller = access.caller_of(request)
+            if caller is None:
                 raise refuse(401, "not_logged_in", "a token is needed", hint="set SKERRY_TOKEN, or run 'skerry login'")
-            if role not in call.roles:
-                raise refuse(403, "not_allowed", f"this call is for {' or '.join(call.roles)}, the token is a {role}'s")
+            if not (call.boxes if caller.role == "box" else may(caller.role, call.role)):
+                wanted = f"{call.role}s and above" if call.role != "admin" else "admins"
+                raise refuse(403, "not_allowed", f"this call is for {wanted}, and you are {caller.role}")
+            request[CALLER], request[ACTOR] = caller, access.actor_of(request, caller)
         return await method(request)
 
     return handler
@@ -130,7 +140,6 @@ class Calls:
         replan: Callable[[], None],
         commands: Commands,
         is_connected: Callable[[], bool],
-        public_url: str,
     ) -> None:
         self._database = database
         self._views = views
@@ -140,7 +149,6 @@ class Calls:
         self._replan = replan
         self._commands = commands
         self._is_connected = is_connected
-        self._public_url = public_url.rstrip("/")
 
     def handler(self, call: Call) -> Handler:
         """The call's method, behind the check of who calls."""
@@ -163,12 +171,12 @@ class Calls:
 
     async def show_load(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        return json_answer(await self._views.load(request.match_info["id"], minutes=_number(request, "minutes", 15, most=2880)))
+        return json_answer(await self._views.load(request.match_info["id"], minutes=number(request, "minutes", 15, most=2880)))
 
     async def read_logs(self, request: web.Request) -> web.Response:
         """See CALLS."""
         name, replica, after = request.match_info["id"], request.match_info["replica"], request.query.get("after", "")
-        lines = _number(request, "lines", 100, most=logs.MAX_LINES)
+        lines = number(request, "lines", 100, most=logs.MAX_LINES)
         if len(after) > logs.MAX_POSITION or not after.isprintable():
             raise refuse(400, "invalid_query", "after: not a position of an earlier answer", field="after")
         node = await self._database.read(lambda tables: nodes.read_node(tables, name))
@@ -210,7 +218,15 @@ class Calls:
         )
         ref = ModelRef(name, int(version), sha256, size, warmup, state)
         now_ms = time.time_ns() // 1_000_000
-        is_new = await self._database.write(lambda tables: models.save_model(tables, ref, now_ms))
+
+        def work(tables: Tables) -> bool:
+            is_new = models.save_model(tables, ref, now_ms)
+            if is_new:
+                after = f"sha256 {sha256}, {size} bytes"
+                audit.append(tables, request[ACTOR], "model.pushed", f"{name}:{version}", after=after, now_ms=now_ms)
+            return is_new
+
+        is_new = await self._database.write(work)
         self._replan()
         return json_answer(Pushed(name, int(version), sha256, size, is_new), status=201 if is_new else 200)
 
@@ -241,7 +257,10 @@ class Calls:
         now_ms = time.time_ns() // 1_000_000
 
         def work(tables: Tables) -> int:
+            before = deployments.read_text(tables, spec.name)
             generation = deployments.save_deployment(tables, spec, text, now_ms)
+            if before != text:
+                audit.append(tables, request[ACTOR], "deployment.accepted", spec.name, before=before, after=text, now_ms=now_ms)
             events.add_own_event(tables, "", "deployment.accepted", spec.name, f"generation {generation}", now_ms)
             return generation
 
@@ -263,8 +282,10 @@ class Calls:
         now_ms = time.time_ns() // 1_000_000
 
         def work(tables: Tables) -> bool:
+            before = deployments.read_text(tables, name)
             existed = deployments.delete_deployment(tables, name)
             if existed:
+                audit.append(tables, request[ACTOR], "deployment.deleted", name, before=before, now_ms=now_ms)
                 events.add_own_event(tables, "", "deployment.deleted", name, "", now_ms)
             return existed
 
@@ -275,14 +296,14 @@ class Calls:
 
     async def show_split(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        minutes = _number(request, "minutes", 15, most=2880)
+        minutes = number(request, "minutes", 15, most=2880)
         return json_answer(
             await self._views.split(minutes=minutes, deployment=request.query.get("deployment", ""), node=request.query.get("node", ""))
         )
 
     async def list_events(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        limit, after = _number(request, "limit", 200, most=1000), _number(request, "after", 0, least=0, most=2**53)
+        limit, after = number(request, "limit", 200, most=1000), number(request, "after", 0, least=0, most=2**53)
         narrowed = {name: request.query.get(name, "") for name in ("node", "subject", "kind", "except_kind")}
         return json_answer(await self._views.events(**narrowed, after=after, limit=limit))
 
@@ -297,16 +318,13 @@ class Calls:
                 await response.write(text.encode())
         return response
 
-    async def make_login_link(self, _: web.Request) -> web.Response:
-        """See CALLS."""
-        return json_answer(LoginLink(f"{self._public_url}/login?code={self._access.make_link()}", LINK_S), status=201)
-
 
 def _unknown(kind: str, name: str, hint: str) -> Exception:
     return refuse(404, f"unknown_{kind}", f"there is no {kind} {name[:80]!r}", hint=f"see '{hint}'")
 
 
-def _number(request: web.Request, name: str, default: int, *, least: int = 1, most: int) -> int:
+def number(request: web.Request, name: str, default: int, *, least: int = 1, most: int) -> int:
+    """A whole number of the query. Raises Refused."""
     text = request.query.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 17 and least <= int(text) <= most):
         raise refuse(400, "invalid_query", f"{name}: {text[:40]!r} is not a number from {least} to {most}", field=name)

@@ -1,15 +1,12 @@
 """The calls by which boxes join and stay, and those by which operators let them in and throw them out."""
 
-from typing import TypeVar
-
 from aiohttp import web
 
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
-from coordinator.api.bodies import beginning
-from coordinator.api.calls import Call, checked
+from coordinator.api.bodies import json_body
+from coordinator.api.calls import ACTOR, Call, checked
 from coordinator.enrolment import Enrolment
-from skerry.wire import codec
 from skerry.wire.identity import (
     CertificateView,
     ClaimMade,
@@ -23,9 +20,6 @@ from skerry.wire.identity import (
     RootView,
 )
 
-T = TypeVar("T")
-
-MOST_BODY_BYTES = 64 * 1024
 JSON = "application/json"
 
 CALLS = [
@@ -39,11 +33,11 @@ CALLS = [
     ),
     Call("POST", "/v1/enroll", "enroll", "A box joins, with a claim and a signing request", Enrolled, 201, body=JSON, is_open=True),
     Call("POST", "/v1/renew", "renew", "A box gets a new certificate for the key of its old one", Renewed, body=JSON, is_open=True),
-    Call("GET", "/v1/claims", "list_claims", "Claims, redeemed or not", list[ClaimView]),
-    Call("POST", "/v1/claims", "make_claim", "A claim with which one box may join, told once", ClaimMade, 201, body=JSON),
-    Call("DELETE", "/v1/claims/{id}", "withdraw_claim", "Take back a claim that nobody redeemed", str, 204),
+    Call("GET", "/v1/claims", "list_claims", "Claims, redeemed or not", list[ClaimView], role="operator"),
+    Call("POST", "/v1/claims", "make_claim", "A claim with which one box may join, told once", ClaimMade, 201, role="operator", body=JSON),
+    Call("DELETE", "/v1/claims/{id}", "withdraw_claim", "Take back a claim that nobody redeemed", str, 204, role="operator"),
     Call("GET", "/v1/nodes/{id}/certificates", "list_certificates", "A box's certificates that have not ended", list[CertificateView]),
-    Call("POST", "/v1/nodes/{id}/revoke", "revoke", "Throw a box out, now", str, 204, body=JSON),
+    Call("POST", "/v1/nodes/{id}/revoke", "revoke", "Throw a box out, now", str, 204, role="operator", body=JSON),
 ]
 
 
@@ -64,11 +58,12 @@ class EnrolmentCalls:
 
     async def enroll(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        return json_answer(await self._enrolment.enroll(await _body(request, EnrollRequest)), status=201)
+        asked = await json_body(request, EnrollRequest)
+        return json_answer(await self._enrolment.enroll(asked, address=self._access.address_of(request)), status=201)
 
     async def renew(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        return json_answer(await self._enrolment.renew(await _body(request, RenewRequest)))
+        return json_answer(await self._enrolment.renew(await json_body(request, RenewRequest)))
 
     async def list_claims(self, _: web.Request) -> web.Response:
         """See CALLS."""
@@ -76,11 +71,11 @@ class EnrolmentCalls:
 
     async def make_claim(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        return json_answer(await self._enrolment.make_claim(await _body(request, ClaimRequest)), status=201)
+        return json_answer(await self._enrolment.make_claim(await json_body(request, ClaimRequest), request[ACTOR]), status=201)
 
     async def withdraw_claim(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        if not await self._enrolment.withdraw(request.match_info["id"]):
+        if not await self._enrolment.withdraw(request.match_info["id"], request[ACTOR]):
             raise refuse(404, "not_found", f"there is no claim {request.match_info['id']!r} that nobody redeemed")
         return web.Response(status=204)
 
@@ -91,17 +86,6 @@ class EnrolmentCalls:
     async def revoke(self, request: web.Request) -> web.Response:
         """See CALLS."""
         node = request.match_info["id"]
-        if not await self._enrolment.revoke(node, (await _body(request, RevokeRequest)).reason):
+        if not await self._enrolment.revoke(node, (await json_body(request, RevokeRequest)).reason, request[ACTOR]):
             raise refuse(404, "not_found", f"no box {node!r} is enrolled", hint="see 'skerry node list'")
         return web.Response(status=204)
-
-
-async def _body(request: web.Request, kind: type[T]) -> T:
-    """A small JSON body, however much is sent."""
-    body = await beginning(request, MOST_BODY_BYTES)
-    if len(body) > MOST_BODY_BYTES:
-        raise refuse(413, "too_large", f"the body is larger than the {MOST_BODY_BYTES} bytes that this call takes")
-    try:
-        return codec.decode(body, kind)
-    except codec.Malformed as exc:
-        raise refuse(422, "invalid_request", str(exc)) from exc

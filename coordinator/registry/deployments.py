@@ -52,6 +52,11 @@ def save_deployment(tables: Tables, spec: Deployment, text: str, now_ms: int) ->
     return int(last) + 1
 
 
+def read_text(tables: Tables, name: str) -> str:
+    """A deployment as its owner wrote it; "" where there is none."""
+    return next((row["text"] for row in tables.query("SELECT text FROM deployments WHERE name = ?", [name])), "")
+
+
 def delete_deployment(tables: Tables, name: str) -> bool:
     """Forget a deployment; says whether there was one."""
     tables.execute("DELETE FROM outcomes WHERE deployment = ?", [name])

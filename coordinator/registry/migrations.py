@@ -66,6 +66,25 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     CREATE INDEX certificates_by_node ON certificates (node, not_before_ms);
     CREATE INDEX certificates_by_end ON certificates (not_after_ms);
     """,
+    # 5: who may look and act, and who changed what
+    """
+    CREATE TABLE users (name TEXT PRIMARY KEY, role TEXT NOT NULL, password_hash TEXT NOT NULL, created_at_ms INTEGER NOT NULL);
+    CREATE TABLE invitations (name TEXT PRIMARY KEY, secret_sha256 TEXT NOT NULL UNIQUE, expires_at_ms INTEGER NOT NULL);
+    CREATE TABLE sessions (
+        secret_sha256 TEXT PRIMARY KEY, user TEXT NOT NULL, began_at_ms INTEGER NOT NULL, expires_at_ms INTEGER NOT NULL);
+    CREATE INDEX sessions_by_user ON sessions (user, began_at_ms);
+    CREATE TABLE api_tokens (
+        id TEXT PRIMARY KEY, secret_sha256 TEXT NOT NULL, title TEXT NOT NULL, user TEXT NOT NULL, role TEXT NOT NULL,
+        created_at_ms INTEGER NOT NULL, expires_at_ms INTEGER NOT NULL, used_at_ms INTEGER NOT NULL DEFAULT 0);
+    CREATE INDEX api_tokens_by_user ON api_tokens (user);
+    CREATE TABLE audit (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, who TEXT NOT NULL, via TEXT NOT NULL, address TEXT NOT NULL,
+        action TEXT NOT NULL, subject TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL, previous TEXT NOT NULL,
+        sha256 TEXT NOT NULL);
+    CREATE INDEX audit_by_subject ON audit (subject, id);
+    CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'audit records are not changed'); END;
+    CREATE TRIGGER audit_is_not_removed BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'audit records are not removed'); END;
+    """,
 ]
 
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from skerry.cli import command, output
 from skerry.cli.client import EXIT_USAGE, CliError, path_of
 from skerry.cli.command import Json, reporting
+from skerry.cli.output import minute
 from skerry.wire import codec
 from skerry.wire.identity import CertificateView, ClaimMade, ClaimRequest, ClaimView, RevokeRequest
 from skerry.wire.units import parse_duration_ms
@@ -49,7 +50,7 @@ def token(
         output.print_json(made)
         return
     output.console.print(
-        f"good for one box until {_when(made.expires_at_ms)}; it is not shown again:\n\n  {escape(made.claim)}\n", soft_wrap=True
+        f"good for one box until {minute(made.expires_at_ms)}; it is not shown again:\n\n  {escape(made.claim)}\n", soft_wrap=True
     )
     output.console.print(
         f"On the box, whose settings name {escape(made.coordinator)}, type this and then the claim:\n\n"
@@ -67,8 +68,8 @@ def tokens(as_json: Json = False) -> None:
         return
     now_ms = time.time() * 1000
     for view in views:
-        state = f"redeemed by {view.used_by} {_when(view.used_at_ms)}" if view.used_at_ms else (
-            f"open until {_when(view.expires_at_ms)}" if view.expires_at_ms > now_ms else f"ended {_when(view.expires_at_ms)}"
+        state = f"redeemed by {view.used_by} {minute(view.used_at_ms)}" if view.used_at_ms else (
+            f"open until {minute(view.expires_at_ms)}" if view.expires_at_ms > now_ms else f"ended {minute(view.expires_at_ms)}"
         )  # fmt: skip
         bound = [*(f"{key}={value}" for key, value in view.labels.items()), *filter(None, [view.node, view.tier])]
         output.console.print(f"{view.id}  {escape(state)}  {escape(' '.join(bound))}", soft_wrap=True, highlight=False)
@@ -78,7 +79,7 @@ def tokens(as_json: Json = False) -> None:
 def withdraw(claim: Annotated[str, typer.Argument(help="its number, as 'skerry node tokens' shows it")], as_json: Json = False) -> None:
     """Take back a claim that nobody redeemed."""
     command.coordinator().call("DELETE", path_of("claims", claim), type(None))
-    _done(f"claim {claim} is withdrawn", as_json)
+    output.done(f"claim {claim} is withdrawn", as_json)
 
 
 @reporting
@@ -89,8 +90,8 @@ def certificates(name: str, as_json: Json = False) -> None:
         output.print_json(views)
         return
     for view in views:
-        state = f"revoked {_when(view.revoked_at_ms)}: {view.reason}" if view.revoked_at_ms else "good"
-        line = f"{view.serial}  {_when(view.not_before_ms)} to {_when(view.not_after_ms)}  {escape(state)}"
+        state = f"revoked {minute(view.revoked_at_ms)}: {view.reason}" if view.revoked_at_ms else "good"
+        line = f"{view.serial}  {minute(view.not_before_ms)} to {minute(view.not_after_ms)}  {escape(state)}"
         output.console.print(line, soft_wrap=True, highlight=False)
 
 
@@ -102,15 +103,4 @@ def revoke(
 ) -> None:
     """Throw a box out: its certificates and its token are good for nothing from now on. It comes back with a new claim that names it."""
     command.coordinator().call("POST", path_of("nodes", name, "revoke"), type(None), body=codec.encode(RevokeRequest(reason)))
-    _done(f"{name} is thrown out", as_json)
-
-
-def _done(text: str, as_json: bool) -> None:
-    if as_json:
-        output.print_json({"done": True})
-    else:
-        output.console.print(escape(text))
-
-
-def _when(at_ms: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))
+    output.done(f"{name} is thrown out", as_json)

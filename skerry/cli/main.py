@@ -1,5 +1,6 @@
 """The operator's command line."""
 
+import socket
 import sys
 import time
 from pathlib import Path
@@ -9,10 +10,11 @@ import typer
 from rich.markup import escape
 
 from skerry import __version__
-from skerry.cli import command, explain, images, inference, joining, logs, models, output
+from skerry.cli import command, explain, images, inference, joining, logs, models, output, people
 from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, path_of, save_login
 from skerry.cli.command import Json, reporting
-from skerry.wire import oip
+from skerry.wire import codec, oip
+from skerry.wire.accounts import PasswordRequest, TokenMade
 from skerry.wire.api import Accepted, DeploymentView, EventView, LoginLink, NodeView, StatusView
 from skerry.wire.units import parse_duration_ms
 
@@ -30,6 +32,10 @@ joining.attach(node_app)
 app.add_typer(models.app, name="model")
 app.add_typer(images.app, name="image")
 app.add_typer(deployment_app, name="deployment")
+app.add_typer(people.user_app, name="user")
+app.add_typer(people.token_app, name="token")
+app.add_typer(people.audit_app, name="audit")
+app.command("whoami")(people.whoami)
 app.command("logs")(logs.show)
 app.command("explain")(explain.show)
 
@@ -63,12 +69,16 @@ def demo(
 @reporting
 def login(
     url: Annotated[str, typer.Argument(help="the coordinator's address, such as https://fleet.example:8080")],
-    token_file: Annotated[Path | None, typer.Option(help="a file that holds the token; asked for otherwise")] = None,
+    name: Annotated[str, typer.Option(help="your name: asks for the password, and keeps a token of 30 days")] = "",
+    token_file: Annotated[Path | None, typer.Option(help="a file that holds a token; asked for otherwise")] = None,
     as_json: Json = False,
 ) -> None:
-    """Keep a coordinator's address and token for later commands."""
+    """Keep a coordinator's address, and a token for it, for later commands."""
     try:
-        token = token_file.read_text().strip() if token_file else typer.prompt("token", hide_input=True).strip()
+        if name:
+            token = _token_for(url, name)
+        else:
+            token = token_file.read_text().strip() if token_file else typer.prompt("token", hide_input=True).strip()
     except OSError as exc:
         raise CliError(f"--token-file: {token_file}: {exc.strerror}", exit_code=EXIT_USAGE) from exc
     status_now = Coordinator(Login(url, token)).call("GET", path_of("status"), StatusView)
@@ -77,6 +87,13 @@ def login(
         output.print_json({"fleet": status_now.fleet, "url": url, "kept_in": str(path)})
         return
     output.console.print(f"logged in to fleet {status_now.fleet}; kept in {path}")
+
+
+def _token_for(url: str, name: str) -> str:
+    """A token for a password that is asked for. Raises CliError."""
+    title = f"command line on {socket.gethostname()}"[:63]
+    request = PasswordRequest(name, typer.prompt("password", hide_input=True), title)
+    return Coordinator(Login(url, "")).call("POST", path_of("login"), TokenMade, body=codec.encode(request)).token
 
 
 @app.command("login-link")

@@ -33,6 +33,19 @@ def moment(at_ms: int) -> str:
     return time.strftime("%H:%M:%S" if then[:3] == time.localtime()[:3] else "%Y-%m-%d %H:%M:%S", then)
 
 
+def minute(at_ms: int) -> str:
+    """Day and minute, in the zone of whoever reads it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))
+
+
+def done(text: str, as_json: bool) -> None:
+    """What was done, for a call that answers nothing."""
+    if as_json:
+        print_json({"done": True})
+    else:
+        console.print(escape(text))
+
+
 def table_of(*columns: str) -> Table:
     """An empty table; numbers stand to the right."""
     table = Table(box=None, header_style="bold", pad_edge=False)

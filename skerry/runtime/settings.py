@@ -1,5 +1,6 @@
 """A program's settings: one TOML file, read once into a frozen Struct. Unknown keys are errors that name the key."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -40,6 +41,14 @@ def _path(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise NotImplementedError(f"{kind.__name__} can't stand in a settings file")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches ``host``. A name is taken for an address of others', but for ``localhost``."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def split_listen(listen: str) -> tuple[str, int]:

@@ -1,6 +1,8 @@
 """The console as people use it: a whole fleet, a real browser, wide and narrow."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from email.message import Message
 from urllib.error import HTTPError
@@ -108,13 +110,14 @@ def visitor(browser, world, width) -> Iterator[Visitor]:
 def test_who_is_not_logged_in_meets_the_login_page_and_gets_back_to_what_was_asked_for(visitor, world):
     page = visitor.open("/nodes/store-1?minutes=60")
     assert urlsplit(page.url).path == "/login"
-    page.get_by_label("Operator token").fill("wrong")
+    page.get_by_text("Log in with a token").click()
+    page.get_by_label("Token").fill("wrong")
     with page.expect_response("**/login") as answer:
-        page.get_by_role("button", name="Log in").click()
+        page.get_by_role("button", name="Log in with it").click()
     assert answer.value.status == 403
-    expect(page.get_by_role("alert").filter(has_text="not the operator's token")).to_be_visible()
-    page.get_by_label("Operator token").fill(world.fleet.token)
-    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert").filter(has_text="no token that lets you in")).to_be_visible()
+    page.get_by_label("Token").fill(world.fleet.token)
+    page.get_by_role("button", name="Log in with it").click()
     page.wait_for_url("**/nodes/store-1?minutes=60")
     cookie = visitor.context.cookies()[0]
     assert cookie["httpOnly"]
@@ -127,9 +130,10 @@ def test_who_is_not_logged_in_meets_the_login_page_and_gets_back_to_what_was_ask
 @pytest.mark.parametrize("width", [1280], indirect=True)
 def test_a_login_leads_to_no_other_site(visitor, world, target):
     page = visitor.open("/login")
-    page.evaluate("target => document.querySelector('input[name=next]').value = target", target)
-    page.get_by_label("Operator token").fill(world.fleet.token)
-    page.get_by_role("button", name="Log in").click()
+    page.evaluate("target => document.querySelectorAll('input[name=next]').forEach(input => input.value = target)", target)
+    page.get_by_text("Log in with a token").click()
+    page.get_by_label("Token").fill(world.fleet.token)
+    page.get_by_role("button", name="Log in with it").click()
     page.wait_for_url(world.fleet.url + "/")
 
 
@@ -245,3 +249,47 @@ def test_fragments_hold_the_content_alone_and_static_files_are_asked_for_again_c
     assert status == 304
     for path in ("/static/../pages.py", "/static/%2e%2e/pages.py", "/static/vendor/uplot/LICENSE", "/static/nothing.js"):
         assert ask(url + path)[0] in (303, 404)
+
+
+@pytest.mark.parametrize("width", [1280, 390], indirect=True)
+def test_people_are_invited_log_in_make_tokens_and_are_removed(visitor, browser, world, width):
+    command = [sys.executable, "-m", "coordinator", "admin-link", "--config", str(world.fleet.folder / "coordinator" / "coordinator.toml")]
+    link = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    page = visitor.page
+    page.goto(link)
+    page.get_by_label("Name").fill(f"ada{width}")
+    page.get_by_label("Password, 12").fill("seven red lighthouses")
+    page.get_by_label("The same again").fill("seven red lighthouses")
+    page.get_by_role("button", name="Set it and log in").click()
+    page.wait_for_url(world.fleet.url + "/")
+    page.get_by_role("link", name="Users").click()
+    page.get_by_label("Name", exact=True).fill(f"vera{width}")
+    page.get_by_role("button", name="Invite").click()
+    invitation = page.locator(".told pre").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+    guest = Visitor(browser, world, width)
+    try:
+        guest.page.goto(invitation)
+        guest.page.get_by_label("Password, 12").fill("nine green buoys")
+        guest.page.get_by_label("The same again").fill("nine green buoys")
+        guest.page.get_by_role("button", name="Set it and log in").click()
+        guest.page.wait_for_url(world.fleet.url + "/")
+        expect(guest.page.get_by_role("link", name="Users")).to_have_count(0)
+        assert guest.page.goto(world.fleet.url + "/users").status == 403
+        guest.page.goto(world.fleet.url + "/account")
+        guest.page.get_by_label("What it is for").fill("a dashboard")
+        guest.page.get_by_role("button", name="Make a token").click()
+        token = guest.page.locator(".told pre").inner_text()
+        assert ask(world.fleet.url + "/v1/status", Authorization=f"Bearer {token}")[0] == 200
+        assert guest.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.get_by_role("row").filter(has_text=f"vera{width}").get_by_role("button", name="Remove").click()
+        expect(page.get_by_role("row").filter(has_text=f"vera{width}")).to_have_count(0)
+        assert urlsplit(guest.open("/").url).path == "/login"
+        assert ask(world.fleet.url + "/v1/status", Authorization=f"Bearer {token}")[0] == 401
+    finally:
+        guest.context.close()
+    page.get_by_role("link", name="Audit").click()
+    removed = page.get_by_role("row").filter(has_text="user.removed").filter(has_text=f"vera{width}")
+    expect(removed).to_contain_text(f"ada{width}")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

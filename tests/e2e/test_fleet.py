@@ -223,7 +223,8 @@ def test_node_list_has_the_fields_that_scripts_rely_on(world):
 
 
 def test_the_openapi_document_names_every_call(world):
-    with urlopen(f"{world.fleet.url}/openapi.json", timeout=10) as response:
+    request = Request(f"{world.fleet.url}/openapi.json", headers={"Authorization": f"Bearer {world.fleet.token}"})
+    with urlopen(request, timeout=10) as response:
         document = json.loads(response.read())
     assert "/v1/deployments/{name}" in document["paths"]
     assert "DeploymentView" in document["components"]["schemas"]

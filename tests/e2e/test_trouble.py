@@ -48,7 +48,8 @@ def test_a_broker_that_comes_late_is_waited_for_and_isolation_that_no_box_has_is
         wait_until(lambda: len(world.nodes()) == 4 and all(node.state == "online" for node in world.nodes()), 30, world.log_tails)
         world.wait_ready("scale")
         world.deploy(SCALE.replace("name: scale", "name: strict") + "isolation: {at_least: microvm}\n")
-        wait_until(lambda: len(world.deployment("strict").refusals) == 4, 10)
+        # A box tells what it has once its sandboxes were tried, which takes a busy machine its time.
+        wait_until(lambda: len(world.deployment("strict").refusals) == 4, 60, lambda: f"{world.deployment('strict')}\n{world.log_tails()}")
         assert all("microvm is asked for" in refusal.reason for refusal in world.deployment("strict").refusals)
         assert world.deployment("strict").problem == "no box fits"
 

@@ -171,6 +171,7 @@ def rendered(tmp_path_factory) -> Path:
         "edge_agent_upstream_proxy": "http://proxy.example.org:3128",
         "coordinator_broker_ca_file": "ca.crt",
         "coordinator_broker_cert_file": "coordinator.crt",
+        "coordinator_plain_http": True,
         "coordinator_public_key": "unused",
         "broker_config_dir": str(work / "broker"),
         "broker_data_dir": str(work / "data"),

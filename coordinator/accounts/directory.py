@@ -22,6 +22,8 @@ class Caller(msgspec.Struct, frozen=True):
     name: str
     role: Role | Literal["box"]
     via: str
+    token: str = ""
+    """The number of the token that it came by, now or when the session began."""
 
 
 class Directory:
@@ -52,19 +54,25 @@ class Directory:
         if session is None or session.expires_at_ms <= now_ms():
             return None
         role = self.role_of(session.user)
-        return Caller(session.user, role, "session") if role else None
+        if role is None or (session.token and self._token(session.token) is None):
+            return None
+        return Caller(session.user, lesser(session.role, role), "session", session.token)
 
     def of_token(self, text: str) -> Caller | None:
         """Whom a program acts for: at most what its maker may do now."""
         token_id, _, secret = text.removeprefix(TOKEN_PREFIX).partition("_")
-        token = self.tokens.get(token_id)
-        if token is None or not secrets.compare_digest(token.secret_sha256, digest_of(secret)) or token.view.expires_at_ms <= now_ms():
+        token = self._token(token_id)
+        if token is None or not secrets.compare_digest(token.secret_sha256, digest_of(secret)):
             return None
         role = self.role_of(token.view.user)
         if role is None:
             return None
         self._used_at_ms[token_id] = now_ms()
-        return Caller(token.view.user, lesser(token.view.role, role), f"token {token_id}")
+        return Caller(token.view.user, lesser(token.view.role, role), f"token {token_id}", token_id)
+
+    def _token(self, token_id: str) -> accounts.Token | None:
+        token = self.tokens.get(token_id)
+        return token if token is not None and token.view.expires_at_ms > now_ms() else None
 
     def role_of(self, name: str) -> Role | None:
         """What somebody may do; None for somebody who is not known."""

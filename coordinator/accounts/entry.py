@@ -33,12 +33,12 @@ class Entry:
         self._directory = directory
         self._passwords = passwords
         self._attempts = Attempts()
-        self._links: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._links: OrderedDict[str, tuple[Caller, float]] = OrderedDict()
 
     async def log_in(self, name: str, password: str, *, address: str) -> str:
         """The cookie of a new session. Raises NotLetIn and TryLater."""
         await self.check(name, password, address=address)
-        return await self.session_for(Caller(name, "viewer", "password"), address=address)
+        return await self.session_for(Caller(name, "admin", "password"), address=address)  # as much as the user may, whatever that becomes
 
     async def check(self, name: str, password: str, *, address: str) -> None:
         """Whether that is the user's password. Raises NotLetIn and TryLater."""
@@ -60,30 +60,33 @@ class Entry:
             self._directory.users[name] = renewed
 
     def make_link(self, caller: Caller) -> str:
-        """A code that logs a browser of the caller's in, once, within LINK_S."""
+        """A code that logs a browser of the caller's in, once, within LINK_S, for what the caller may."""
         now = time.monotonic()
         for code in [code for code, (_, until) in self._links.items() if until <= now]:
             del self._links[code]
         while len(self._links) >= MOST_LINKS:
             self._links.popitem(last=False)
         code = secrets.token_urlsafe(24)
-        self._links[code] = (caller.name, now + LINK_S)
+        self._links[code] = (caller, now + LINK_S)
         return code
 
     async def redeem(self, code: str, *, address: str) -> str:
         """The cookie of a new session; the code is spent. Raises NotLetIn."""
-        name, until = self._links.pop(code, ("", 0.0))
-        role = self._directory.role_of(name)
-        if until <= time.monotonic() or role is None:
+        caller, until = self._links.pop(code, (None, 0.0))
+        if caller is None or until <= time.monotonic():
             raise NotLetIn("this link was used already or is too old")
-        return await self.session_for(Caller(name, role, "login link"), address=address)
+        return await self.session_for(msgspec.structs.replace(caller, via="login link"), address=address)
 
     async def session_for(self, caller: Caller, *, address: str) -> str:
-        """The cookie of a new session for somebody who has shown who they are."""
+        """The cookie of a new session for somebody who has shown who they are; it may do no more than ``caller`` may. Raises NotLetIn."""
+        if caller.role == "box":
+            raise NotLetIn("a box has no browser")
         cookie, began_at_ms = secrets.token_urlsafe(32), now_ms()
-        session = accounts.Session(digest_of(cookie), caller.name, began_at_ms, began_at_ms + SESSION_S * 1000)
+        session = accounts.Session(digest_of(cookie), caller.name, caller.role, caller.token, began_at_ms, began_at_ms + SESSION_S * 1000)
 
         def work(tables: Tables) -> list[str]:
+            if not accounts.is_there(tables, caller.name):
+                raise NotLetIn("that user was removed")
             audit.append(tables, Actor(caller.name, caller.via, address), "session.begun", caller.name, now_ms=began_at_ms)
             return accounts.save_session(tables, session)
 

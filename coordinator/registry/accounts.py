@@ -21,10 +21,15 @@ class User(msgspec.Struct, frozen=True):
 
 
 class Session(msgspec.Struct, frozen=True):
-    """A browser that is logged in; its secret stands in the browser's cookie alone."""
+    """A browser that is logged in; its secret stands in the browser's cookie alone.
+
+    It may do at most what ``role`` may, and where it came in by a ``token``, lasts no longer than that.
+    """
 
     secret_sha256: str
     user: str
+    role: Role
+    token: str
     began_at_ms: int
     expires_at_ms: int
 
@@ -76,6 +81,11 @@ def delete_user(tables: Tables, name: str) -> None:
         tables.execute(statement, [name])
 
 
+def is_there(tables: Tables, name: str) -> bool:
+    """Whether somebody may be let in under that name: not one who was removed meanwhile. Names in brackets are no users'."""
+    return name.startswith("(") or read_user(tables, name) is not None
+
+
 # -- invitations
 
 
@@ -119,8 +129,8 @@ def save_session(tables: Tables, session: Session) -> list[str]:
     for secret_sha256 in old:
         delete_session(tables, secret_sha256)
     tables.execute(
-        "INSERT INTO sessions (secret_sha256, user, began_at_ms, expires_at_ms) VALUES (?, ?, ?, ?)",
-        [session.secret_sha256, session.user, session.began_at_ms, session.expires_at_ms],
+        "INSERT INTO sessions (secret_sha256, user, role, token, began_at_ms, expires_at_ms) VALUES (?, ?, ?, ?, ?, ?)",
+        [session.secret_sha256, session.user, session.role, session.token, session.began_at_ms, session.expires_at_ms],
     )
     return old
 

@@ -71,7 +71,8 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     CREATE TABLE users (name TEXT PRIMARY KEY, role TEXT NOT NULL, password_hash TEXT NOT NULL, created_at_ms INTEGER NOT NULL);
     CREATE TABLE invitations (name TEXT PRIMARY KEY, secret_sha256 TEXT NOT NULL UNIQUE, expires_at_ms INTEGER NOT NULL);
     CREATE TABLE sessions (
-        secret_sha256 TEXT PRIMARY KEY, user TEXT NOT NULL, began_at_ms INTEGER NOT NULL, expires_at_ms INTEGER NOT NULL);
+        secret_sha256 TEXT PRIMARY KEY, user TEXT NOT NULL, role TEXT NOT NULL, token TEXT NOT NULL, began_at_ms INTEGER NOT NULL,
+        expires_at_ms INTEGER NOT NULL);
     CREATE INDEX sessions_by_user ON sessions (user, began_at_ms);
     CREATE TABLE api_tokens (
         id TEXT PRIMARY KEY, secret_sha256 TEXT NOT NULL, title TEXT NOT NULL, user TEXT NOT NULL, role TEXT NOT NULL,

@@ -268,6 +268,21 @@ def test_a_token_may_do_at_most_what_its_maker_may_and_ends(coordinator, admin):
     assert viewer["id"] not in {view["id"] for view in coordinator.ask("GET", "/v1/tokens", token=token).json}
 
 
+def test_a_browser_that_came_in_by_a_token_may_no_more_than_the_token_and_no_longer(coordinator, admin):
+    made = coordinator.ask("POST", "/v1/tokens", {"title": "a wall screen", "role": "viewer"}, token=admin).json
+    link = coordinator.ask("POST", "/v1/login-links", token=made["token"]).json["url"].removeprefix(coordinator.url)
+    by_link, by_form = coordinator.ask("GET", link), coordinator.ask("POST", "/login", {"token": made["token"]})
+    assert (by_link.status, by_form.status) == (200, 303)
+    unused = coordinator.ask("POST", "/v1/login-links", token=made["token"]).json["url"].removeprefix(coordinator.url)
+    for cookie in (by_link.cookie, by_form.cookie):
+        assert coordinator.ask("GET", "/v1/me", cookie=cookie).json == {"name": "root", "role": "viewer", "via": "session"}
+        assert coordinator.ask("GET", "/users", cookie=cookie).status == 403
+    assert coordinator.ask("DELETE", f"/v1/tokens/{made['id']}", token=admin).status == 204
+    late = coordinator.ask("GET", unused)
+    for cookie in (by_link.cookie, by_form.cookie, late.cookie if late.status == 200 else "skerry_session=x"):
+        assert coordinator.ask("GET", "/v1/me", cookie=cookie).status == 401
+
+
 def test_the_last_admin_who_can_log_in_stays(coordinator, admin):
     for name in ("second",):
         coordinator.ask("DELETE", f"/v1/users/{name}", token=admin)

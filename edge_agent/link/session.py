@@ -70,6 +70,7 @@ class Session:
         self._birth_due = asyncio.Event()
         self._confirmed_at = 0.0
         self._confirmed_seq = 0
+        self._is_heard = False
 
     @property
     def is_connected(self) -> bool:
@@ -170,7 +171,7 @@ class Session:
         """Everything that happens while connected; ends when ``stop`` is set, raises when the link is lost."""
         for pattern in topics.down_filters(self._fleet, self._node):
             await client.subscribe(pattern, qos=1)
-        self._confirmed_at, self._confirmed_seq = time.monotonic(), 0
+        self._confirmed_at, self._confirmed_seq, self._is_heard = time.monotonic(), 0, False
         await self._publish(client, "presence", Presence(True, self._birth(epoch).boot_id, epoch), retain=True)
         self._birth_due.set()
         self._report_due.set()
@@ -237,6 +238,10 @@ class Session:
             logger.warning("ack.malformed", reason=str(exc))
             return
         self._outbox.confirm_events(ack.epoch, ack.events_seq)
+        if not self._is_heard:
+            # The birth of this connection may have been sent before the coordinator was there, and no broker keeps it.
+            self._is_heard = True
+            self._birth_due.set()
         if ack.epoch == self._outbox.epoch:
             self._confirmed_at, self._confirmed_seq = time.monotonic(), max(self._confirmed_seq, ack.events_seq)
         self._news.set()

@@ -54,6 +54,25 @@ def test_a_broker_that_comes_late_is_waited_for_and_isolation_that_no_box_has_is
         assert world.deployment("strict").problem == "no box fits"
 
 
+def test_a_box_that_connects_before_the_coordinator_does_is_known_all_the_same():
+    with running(wait=False) as world:
+        for name in world.fleet.names():
+            if name in ("broker", "coordinator") or name.endswith(".agent"):
+                world.do(world.fleet.kill(name))
+        world.do(world.fleet.start_process("broker"))
+        world.do(world.fleet.start_process("store-1.agent"))
+        time.sleep(3)  # its presence is kept by the broker, what it is is not
+        world.do(world.fleet.start_process("coordinator"))
+
+        def is_known() -> bool:
+            try:
+                return bool(world.node("store-1").rungs)
+            except CliError:
+                return False
+
+        wait_until(is_known, 40, world.log_tails)
+
+
 def test_a_second_agent_of_the_same_name_is_told_so_and_the_fleet_converges(scale_model):
     with running(broker_kind="mosquitto" if not mosquitto_is_absent() else "embedded") as world:
         need("mosquitto", mosquitto_is_absent())

@@ -7,11 +7,11 @@ import argparse
 import os
 import secrets
 import sys
-import time
 from pathlib import Path
 
 import msgspec
 
+from coordinator.accounts.directory import now_ms
 from coordinator.config import Config
 from coordinator.registry.identity import digest_of
 from skerry.runtime import durable, lifecycle, settings
@@ -31,7 +31,7 @@ class AdminLink(msgspec.Struct, frozen=True):
 def make(config: Config) -> str:
     """The link; an earlier one is good for nothing any more. Raises SettingsError."""
     code, path = secrets.token_urlsafe(32), config.state_dir / FILE
-    link = AdminLink(digest_of(code), _now_ms() + LIFE_S * 1000)
+    link = AdminLink(digest_of(code), now_ms() + LIFE_S * 1000)
     try:
         owner = config.state_dir.stat()
         if os.geteuid() == 0:  # the coordinator reads it, and in its directory root should do nothing as root
@@ -49,7 +49,7 @@ def is_good(state_dir: Path, code: str) -> bool:
         link = codec.decode((state_dir / FILE).read_bytes(), AdminLink)
     except (OSError, codec.Malformed):
         return False
-    return secrets.compare_digest(link.secret_sha256, digest_of(code)) and link.expires_at_ms > _now_ms()
+    return secrets.compare_digest(link.secret_sha256, digest_of(code)) and link.expires_at_ms > now_ms()
 
 
 def spend(state_dir: Path, code: str) -> bool:
@@ -73,7 +73,3 @@ def run(arguments: list[str]) -> int:
     sys.stdout.write(f"{link}\n")
     sys.stderr.write(f"It makes an administrator of whoever opens it first, within {LIFE_S // 60} minutes.\n")
     return 0
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -55,9 +55,11 @@ class Entry:
             raise NotLetIn("the name or the password is wrong")
         self._attempts.forgive(near, name)
         if self._passwords.is_outdated(user.password_hash):
-            renewed = msgspec.structs.replace(user, password_hash=await self._passwords.hash(password))
-            await self._database.write(lambda tables: accounts.save_user(tables, renewed))
-            self._directory.users[name] = renewed
+            password_hash = await self._passwords.hash(password)
+            if (now := self._directory.users.get(name)) is not None:  # whatever became of the user meanwhile
+                renewed = msgspec.structs.replace(now, password_hash=password_hash)
+                await self._database.write(lambda tables: accounts.save_user(tables, renewed))
+                self._directory.users[name] = renewed
 
     def make_link(self, caller: Caller) -> str:
         """A code that logs a browser of the caller's in, once, within LINK_S, for what the caller may."""

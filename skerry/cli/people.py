@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from skerry.cli import command, output
 from skerry.cli.client import EXIT_FAILED, EXIT_USAGE, CliError, Coordinator, path_of
@@ -46,7 +45,7 @@ def user_list(as_json: Json = False) -> None:
     if as_json:
         output.print_json(views)
         return
-    table = Table("name", "role", "since", "password", box=None, pad_edge=False)
+    table = output.table_of("name", "role", "since", "password")
     for view in views:
         password = "set" if view.has_password else "invited" if view.is_invited else "the link ended"
         table.add_row(escape(view.name), view.role, minute(view.created_at_ms), password)
@@ -103,7 +102,7 @@ def token_list(as_json: Json = False) -> None:
     if as_json:
         output.print_json(views)
         return
-    table = Table("number", "for", "of", "role", "made", "last used", "ends", box=None, pad_edge=False)
+    table = output.table_of("number", "for", "of", "role", "made", "last used", "ends")
     for view in views:
         used = minute(view.used_at_ms) if view.used_at_ms else "never"
         table.add_row(

@@ -45,7 +45,7 @@ from bench.sandboxes import (
     summary,
     wait_for_socket,
 )
-from edge_agent.confine.policy import FLOOR
+from skerry.confine.policy import FLOOR
 from edge_agent.warden.drivers import docker_profile, host_runtime
 from edge_agent.warden.drivers.docker import IMAGE, IMAGE_TAG
 from edge_agent.warden.ports import MODEL_DIR, MODEL_FILE, SOCKET_DIR, SOCKET_NAME, SandboxSpec

@@ -1,20 +1,25 @@
-"""Model files by content: ``state_dir/models/<sha256>``. Nothing of a model is parsed here but the outline that core/onnx_file walks."""
+"""Model files by content: ``state_dir/models/<sha256>``. Nothing of a model is parsed here: a confined process looks into it."""
 
 import asyncio
 import hashlib
-import mmap
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from coordinator.core import onnx_file
-from skerry.runtime import durable
+from coordinator.inspector import MOST_ANSWER, MOST_S, Verdict
+from skerry.runtime import durable, log
+from skerry.wire import codec
 from skerry.wire.messages import StateTensor
+
+logger = log.get("coordinator.models")
 
 RESERVE_BYTES = 256 * 2**20
 """Left free on the disk: the registry must go on when a model is too large."""
+MOST_INSPECTIONS = 2
+"""At a time; the next waits."""
 
 
 class NotTaken(Exception):
@@ -32,6 +37,7 @@ class ModelStore:
         self._folder = folder
         self._limit_bytes = limit_bytes
         self._reserve_bytes = reserve_bytes
+        self._inspections = asyncio.Semaphore(MOST_INSPECTIONS)
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("*.part"):
             left_over.unlink()
@@ -74,7 +80,7 @@ class ModelStore:
                 raise NotTaken("truncated", f"{size} bytes came, {expected_bytes} were announced: push it again")
             if expected_sha256 and sha256 != expected_sha256:
                 raise NotTaken("wrong_digest", f"sha256: {sha256} came, {expected_sha256} was announced: push it again")
-            await asyncio.to_thread(_check_file, staging, state)
+            await self._inspect(staging, state)
             staging.chmod(0o444)
             staging.rename(self._folder / sha256)
             await asyncio.to_thread(durable.sync_directory, self._folder)
@@ -91,21 +97,31 @@ class ModelStore:
         if size_bytes + self._reserve_bytes > free_bytes:
             raise NotTaken("disk", f"the model has {size_bytes} bytes and {free_bytes} are free, of which {self._reserve_bytes} are kept")
 
-
-def _check_file(path: Path, state: Sequence[StateTensor]) -> None:
-    if path.stat().st_size == 0:
-        raise NotTaken("not_onnx", "the file is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = memoryview(mapped)
-        code = reason = ""
-        try:
-            onnx_file.check(view)
-            onnx_file.check_state(view, state)
-        except onnx_file.NotOnnx as exc:
-            code, reason = "not_onnx", str(exc)
-        except onnx_file.NoSuchTensor as exc:
-            code, reason = "invalid_state", f"state: {exc}"
-        finally:
-            view.release()
-    if code:
-        raise NotTaken(code, reason)
+    async def _inspect(self, path: Path, state: Sequence[StateTensor]) -> None:
+        """Have a process of its own look into the file (coordinator/inspector.py). Raises NotTaken."""
+        async with self._inspections:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                child = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-I", "-m", "coordinator.inspector", str(descriptor)),
+                    stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+                    env={}, pass_fds=(descriptor,),
+                )  # fmt: skip
+            finally:
+                os.close(descriptor)
+            try:
+                async with asyncio.timeout(MOST_S):
+                    answer, complaint = await child.communicate(codec.encode(list(state)))
+            except TimeoutError:
+                raise NotTaken("inspection", f"looking into the file took more than {MOST_S:.0f} s") from None
+            finally:
+                if child.returncode is None:
+                    child.kill()
+                    await child.wait()
+        if child.returncode != 0:
+            ended = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
+            logger.warning("model.not_inspected", ended=ended, said=complaint.decode(errors="replace")[-300:])
+            raise NotTaken("inspection", f"looking into the file ended {ended}; what was seen of it is not trusted")
+        verdict = codec.decode(answer, Verdict, max_bytes=MOST_ANSWER)
+        if verdict.code:
+            raise NotTaken(verdict.code, verdict.reason)

@@ -4,8 +4,8 @@ from typing import Literal
 
 from hypothesis import strategies as st
 
-from edge_agent.confine.numbers import AARCH64, X86_64
-from edge_agent.confine.policy import FLOOR, SERVER_FLOOR, SERVING, SERVING_GPU, Policy, Rule
+from skerry.confine.numbers import AARCH64, X86_64
+from skerry.confine.policy import FLOOR, SERVER_FLOOR, SERVING, SERVING_GPU, Policy, Rule
 
 POLICIES = {"floor": FLOOR, "server floor": SERVER_FLOOR, "serving": SERVING, "serving on a GPU": SERVING_GPU}
 TABLES = {"x86_64": X86_64, "aarch64": AARCH64}

@@ -10,7 +10,7 @@ from collections import Counter
 
 import msgspec
 
-from edge_agent.confine.numbers import AARCH64, X86_64
+from skerry.confine.numbers import AARCH64, X86_64
 
 MOST_RECORDS = 2000
 """Records that one look reads; the kernel keeps the rest."""

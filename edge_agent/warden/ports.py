@@ -24,7 +24,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The policy of one sandbox, whatever the driver: what it runs and what it may use. Everything that is not named here it may not.
 
     Fixed, for every driver: no network but a loopback of its own; a read-only root; no capability and no way to gain one; the
-    system calls of ``edge_agent.confine``; a /proc of its own with masked paths; no device but /dev/null and its like and ``gpus``.
+    system calls of ``skerry.confine``; a /proc of its own with masked paths; no device but /dev/null and its like and ``gpus``.
 
     ``model_dir`` is seen read-only at /model, ``socket_dir`` is the one writable directory that outside and inside share (/run/skerry).
     Both exist before a driver is asked to start; anyone may write to the latter, and what is above it keeps strangers out.

@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         lockdown.before_loading(arguments.socket.parent)
-    except lockdown.LockdownFailed as exc:
+    except lockdown.ConfineFailed as exc:
         sys.exit(_failed(str(exc)))
     # Only now: what is imported starts threads, and Landlock binds the thread that asks for it and those that follow.
     from edge_agent.worker import ahead, frames, serve
@@ -45,7 +45,7 @@ def main() -> None:
         session = Session(model, threads=arguments.threads, warmup=load.warmup, state=load.state, gpu_memory_bytes=arguments.gpu_memory)
         listener = frames.listen(arguments.socket)
         confinement = lockdown.before_serving(session.provider)
-    except (LoadFailed, codec.Malformed, lockdown.LockdownFailed) as exc:
+    except (LoadFailed, codec.Malformed, lockdown.ConfineFailed) as exc:
         sys.exit(_failed(str(exc)))
     gc.freeze()  # what loading made lives as long as the process: the collector need not walk it in the middle of a request
     ahead.give_back_soon()

@@ -17,7 +17,7 @@ from skerry.image.lock import Distribution, install
 Accelerator = Literal["cpu", "cuda"]
 
 LOCKS: dict[Accelerator, str] = {"cpu": "worker.txt", "cuda": "worker-cuda.txt"}
-CODE = ("edge_agent/__init__.py", "edge_agent/confine", "edge_agent/worker", "skerry/__init__.py", "skerry/wire")
+CODE = ("edge_agent/__init__.py", "skerry/confine", "edge_agent/worker", "skerry/__init__.py", "skerry/wire")
 """Of ours, what a worker imports."""
 
 _MADE_AT = 1_577_836_800

@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_agent.confine.numbers import AARCH64, X86_64
-from edge_agent.confine.policy import NEVER
+from skerry.confine.numbers import AARCH64, X86_64
+from skerry.confine.policy import NEVER
 from edge_agent.worker import lockdown
 
 NUMBERS = {"x86_64": X86_64, "aarch64": AARCH64}[os.uname().machine]

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from edge_agent.confine.policy import NEVER
+from skerry.confine.policy import NEVER
 from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
 from edge_agent.warden.drivers.host_runtime import with_model, worker_argv, worker_environment
 from edge_agent.warden.ports import SandboxSpec
@@ -320,7 +320,7 @@ def test_while_it_loads_it_may_write_to_its_own_places_and_reach_nobody(attempts
 
 OWN_FILTER = """
 import ctypes, os, struct, threading
-from edge_agent.confine.numbers import AARCH64, X86_64
+from skerry.confine.numbers import AARCH64, X86_64
 from edge_agent.worker import lockdown
 libc, ready = ctypes.CDLL(None), threading.Event()
 number = {"x86_64": X86_64, "aarch64": AARCH64}[os.uname().machine]["seccomp"]
@@ -334,7 +334,7 @@ threading.Thread(target=other, daemon=True).start()
 ready.wait()
 try:
     said = lockdown.before_serving("CPUExecutionProvider")
-except lockdown.LockdownFailed as exc:
+except lockdown.ConfineFailed as exc:
     said = f"failed: {exc}"
 os.write(1, said.encode())
 os._exit(0)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edge_agent.confine.bpf import UnknownArchitecture, program
-from edge_agent.confine.policy import FLOOR, Policy
+from skerry.confine.bpf import UnknownArchitecture, program
+from skerry.confine.policy import FLOOR, Policy
 from tests.syscalls import ALLOWED, KILLED, NOT_IMPLEMENTED, POLICIES, TABLES, Verdict, arguments_, edges, meant, policies_, refused
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.confine.numbers import X86_64
+from skerry.confine.numbers import X86_64
 from edge_agent.warden.kernel_log import KernelLog, RefusedCall, refused_call
 from tests.conftest import need
 

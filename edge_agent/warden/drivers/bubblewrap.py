@@ -2,7 +2,7 @@
 
 The sandbox gets a new mount, pid, network, IPC, UTS and cgroup namespace, sees the interpreter and libraries read-only, its model
 read-only, and can write to its socket directory and a bounded ``/tmp`` alone. It has no capability, no way to gain one
-(no-new-privileges), no network interface but a loopback of its own, and the system calls of ``edge_agent.confine`` alone.
+(no-new-privileges), no network interface but a loopback of its own, and the system calls of ``skerry.confine`` alone.
 
 Whom it runs as: an ordinary user's warden gives it a user namespace, in which it is still that user to the host. A warden that is root
 makes the namespaces itself and has it run as the user id of its specification, which nobody else has.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.confine import bpf, policy
+from skerry.confine import bpf, policy
 from edge_agent.warden.drivers import bubblewrap_command, cgroup, probe
 from edge_agent.warden.drivers.process_log import ProcessLog
 from edge_agent.warden.ports import LAST_LINES, DriverFailed, Ending, LogLines, Sandbox, SandboxSpec, Usage

@@ -3,7 +3,7 @@
 No image is needed from anywhere: ours holds nothing but the links of a merged /usr, and the host's interpreter and libraries are
 bound over it read-only (``host_runtime``); a specification may name another image of the engine by its id, or a model server of its own,
 which is two containers (``docker_server``). A container has no network,
-no capability and no way to gain one, a read-only root, the system calls of ``edge_agent.confine``, a user id of its own, bounded memory
+no capability and no way to gain one, a read-only root, the system calls of ``skerry.confine``, a user id of its own, bounded memory
 (no swap), processors, processes, log and ``/tmp``, and can write to its socket directory alone.
 
 The engine is the state: what is not in its list of containers with our owner's label does not exist. A client is made for each

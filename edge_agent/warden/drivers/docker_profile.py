@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.confine.policy import ENOSYS, EPERM, Policy, Rule
+from skerry.confine.policy import ENOSYS, EPERM, Policy, Rule
 
 _ALLOW, _ERRNO, _KILL, _TRAP = "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP"
 ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}

@@ -34,7 +34,7 @@ def system_mounts() -> list[str]:
 def compile_ours() -> None:
     """Have bytecode of the worker and what it imports of ours, as an installed package has: a sandbox can keep none, and would compile
     all of it at each start. A folder that may not be written to is left as it is."""
-    for part in ("edge_agent/worker", "edge_agent/confine", "skerry/wire"):
+    for part in ("edge_agent/worker", "skerry/confine", "skerry/wire"):
         compileall.compile_dir(_OURS / part, quiet=2)
     for package in ("edge_agent", "skerry"):
         compileall.compile_file(_OURS / package / "__init__.py", quiet=2)

@@ -138,3 +138,15 @@ SERVING_GPU = msgspec.structs.replace(
     rules=tuple(rule for rule in SERVING.rules if rule.call not in ("mmap", "mprotect")),
 )
 """The same for a GPU provider, whose driver speaks by ioctl and compiles kernels while it runs."""
+
+INSPECTING = Policy(
+    allow=frozenset(
+        """
+        read write close lseek fstat newfstatat munmap mremap madvise brk rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack
+        futex exit exit_group getrandom clock_gettime getpid gettid tgkill restart_syscall
+        """.split()
+    ),
+    rules=(Rule("mmap", 2, "no_bits", (PROT_EXEC,)), Rule("mprotect", 2, "no_bits", (PROT_EXEC,))),
+    kill=NEVER | frozenset({"execve", "execveat", "fork", "vfork", "clone", "socket", "connect"}),
+)
+"""A program that looks into one file that is open already, and says what it found on a pipe (coordinator/inspector.py)."""

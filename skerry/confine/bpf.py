@@ -9,8 +9,8 @@ One pair of instructions a call, so that no jump is long; the kernel keeps a bit
 import struct
 from collections.abc import Mapping
 
-from edge_agent.confine.numbers import AARCH64, X86_64
-from edge_agent.confine.policy import ENOSYS, EPERM, Policy, Rule
+from skerry.confine.numbers import AARCH64, X86_64
+from skerry.confine.policy import ENOSYS, EPERM, Policy, Rule
 
 _LD_ABS, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _NR_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16

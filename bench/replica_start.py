@@ -45,10 +45,10 @@ from bench.sandboxes import (
     summary,
     wait_for_socket,
 )
-from skerry.confine.policy import FLOOR
 from edge_agent.warden.drivers import docker_profile, host_runtime
 from edge_agent.warden.drivers.docker import IMAGE, IMAGE_TAG
 from edge_agent.warden.ports import MODEL_DIR, MODEL_FILE, SOCKET_DIR, SOCKET_NAME, SandboxSpec
+from skerry.confine.policy import FLOOR
 from skerry.demo.fleet import free_ports
 from skerry.wire.messages import ModelRef
 

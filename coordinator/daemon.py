@@ -37,7 +37,8 @@ from coordinator.registry.database import Database
 from coordinator.registry.migrations import TooNew
 from coordinator.session import FleetSession, Message
 from coordinator.views import Views
-from skerry.runtime import lifecycle, log, sdnotify, settings, tls
+from coordinator.vouching import Vouching
+from skerry.runtime import keys, lifecycle, log, sdnotify, settings, tls
 from skerry.wire.identity import Role, Subject
 from skerry.wire.messages import Ack, LogsRequest
 
@@ -115,10 +116,12 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         write_uses=directory.write_uses,
     )
     access = Access(config.state_dir, directory, enrolment.is_token, behind_proxy=config.behind_proxy)
-    views = Views(database, live, fleet=config.fleet, rollup_s=config.rollup_s)
+    vouching = Vouching(keys.trusted_for_models(config.model_keys_file))
+    views = Views(database, live, vouching, fleet=config.fleet, rollup_s=config.rollup_s)
     calls = Calls(
         database=database,
         views=views,
+        vouching=vouching,
         store=ModelStore(config.state_dir / "models", limit_bytes=config.model_limit_bytes),
         news=news,
         access=access,

@@ -119,7 +119,8 @@ class ModelStore:
                     child.kill()
                     await child.wait()
         if child.returncode != 0:
-            ended = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
+            status = child.returncode or 0
+            ended = f"by signal {-status}" if status < 0 else f"with status {status}"
             logger.warning("model.not_inspected", ended=ended, said=complaint.decode(errors="replace")[-300:])
             raise NotTaken("inspection", f"looking into the file ended {ended}; what was seen of it is not trusted")
         verdict = codec.decode(answer, Verdict, max_bytes=MOST_ANSWER)

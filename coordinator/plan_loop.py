@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 import msgspec
 from sqlite_utils import Database as Tables
@@ -14,8 +15,9 @@ from coordinator.registry.database import Database, RegistryFailed
 from coordinator.session import NotConnected
 from skerry.runtime import lifecycle, log
 from skerry.wire import codec
+from skerry.wire.bundle import Bundle
 from skerry.wire.identity import SITE
-from skerry.wire.messages import Desired
+from skerry.wire.messages import Desired, ReplicaSpec
 
 logger = log.get("coordinator.plan")
 
@@ -52,9 +54,11 @@ def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
     enrolled, thrown_out = identity.read_enrolled(tables), identity.read_thrown_out(tables)
     boxes = [box for stored in nodes.read_nodes(tables) if (box := node_of(stored, enrolled.get(stored.id))) is not None]
     sites = {box.id: box.labels.get(SITE, "") for box in boxes if box.tier == "edge"}  # the cloud hears of all who were thrown out
-    held = {(model.ref.name, model.ref.version): model.ref for model in models.read_models(tables)}
+    stored_models = {(model.ref.name, model.ref.version): model for model in models.read_models(tables)}
     wanted = [
-        planner.Wanted(stored.spec, stored.generation, held.get((stored.spec.model, stored.spec.version)))
+        planner.Wanted(
+            stored.spec, stored.generation, model.ref if (model := stored_models.get((stored.spec.model, stored.spec.version))) else None
+        )
         for stored in deployments.read_deployments(tables)
     ]
     before = nodes.read_desired(tables)
@@ -64,12 +68,14 @@ def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
     for node, part in plan.boxes.items():
         old = before.get(node)
         revoked = sorted(name for name, site in thrown_out.items() if sites.get(node) in (None, site))
-        if old is not None and (old.replicas, old.routes, old.revoked) == (part.replicas, part.routes, revoked):
+        signatures = _signatures_of(part.replicas, stored_models)
+        now = (part.replicas, part.routes, revoked, signatures)
+        if old is not None and (old.replicas, old.routes, old.revoked, old.signatures) == now:
             continue
         if old is None and not part.replicas and not part.routes:
             continue
         generation = (old.generation if old else 0) + 1
-        document = Desired(fleet, node, generation, now_ms, part.replicas, part.routes, revoked)
+        document = Desired(fleet, node, generation, now_ms, *now)
         size = len(codec.encode(document)) + ENVELOPE_BYTES
         if size > codec.MAX_MESSAGE_BYTES:
             too_large[node] = size
@@ -80,6 +86,13 @@ def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
     if outcomes != deployments.read_outcomes(tables):
         deployments.save_outcomes(tables, outcomes)
     return changed
+
+
+def _signatures_of(replicas: list[ReplicaSpec], stored: Mapping[tuple[str, int], models.Model]) -> dict[str, Bundle]:
+    """Who vouches for what a box is to run."""
+    wanted = sorted({(spec.model.name, spec.model.version) for spec in replicas})
+    found = ((key, stored[key].signature) for key in wanted if key in stored)
+    return {f"{name}/{version}": signature for (name, version), signature in found if signature is not None}
 
 
 def _with_sizes(outcome: planner.Outcome, too_large: dict[str, int]) -> planner.Outcome:

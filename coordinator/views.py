@@ -11,6 +11,7 @@ from coordinator.registry import deployments, events, identity, measurements, mo
 from coordinator.registry.database import Database
 from coordinator.registry.deployments import Stored
 from coordinator.registry.nodes import Node
+from coordinator.vouching import Vouching
 from skerry import __version__
 from skerry.wire import latency
 from skerry.wire.api import (
@@ -34,9 +35,10 @@ from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec
 class Views:
     """Reads; changes nothing."""
 
-    def __init__(self, database: Database, live: Live, *, fleet: str, rollup_s: int) -> None:
+    def __init__(self, database: Database, live: Live, vouching: Vouching, *, fleet: str, rollup_s: int) -> None:
         self._database = database
         self._live = live
+        self._vouching = vouching
         self._fleet = fleet
         self._rollup_s = rollup_s
 
@@ -166,6 +168,7 @@ class Views:
                     pushed_at_ms=m.pushed_at_ms,
                     used_by=used.get((m.ref.name, m.ref.version), []),
                     state=m.ref.state,
+                    signature=self._vouching.state(m),
                 )
                 for m in models.read_models(tables)
             ]

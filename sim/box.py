@@ -169,7 +169,7 @@ class SimulatedBox:
             self._report()
 
     def _report(self) -> None:
-        self._session.report(report_of(self.desired, self._replicas, {}, ""))
+        self._session.report(report_of(self.desired, self._replicas, {}, {}, ""))
 
     # -- the pretended gateway and machine
 

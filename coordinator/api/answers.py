@@ -18,6 +18,7 @@ from coordinator.session import NotConnected
 from skerry.runtime import log
 from skerry.wire import codec
 from skerry.wire.api import Problem, ProblemBody
+from skerry.wire.model_signature import NotVouched
 
 logger = log.get("coordinator.api")
 
@@ -80,7 +81,7 @@ def _of_accounts(exc: NotLetIn | TryLater | NotDone | NotThere) -> tuple[int, Pr
             return status, Problem(exc.code, str(exc), field=exc.field)
 
 
-def _problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901 - a table
+def _problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901, PLR0912 - a table
     match exc:
         case Refused():
             return exc.status, exc.problem
@@ -89,6 +90,8 @@ def _problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901 - a table
         case NotTaken():
             field = "state" if exc.code == "invalid_state" else ""
             return 507 if exc.code == "disk" else 413 if exc.code == "too_large" else 422, Problem(exc.code, str(exc), field=field)
+        case NotVouched():
+            return 422, Problem("not_vouched", str(exc), field="signature", hint="sign it: 'skerry model sign', then push it again")
         case BadRequest() | identity.Refused() | TooManyTries():
             return _not_let_in(exc)
         case NotLetIn() | TryLater() | NotDone() | NotThere():

@@ -13,7 +13,7 @@ from sqlite_utils import Database as Tables
 from coordinator.accounts.directory import Caller
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
-from coordinator.api.bodies import beginning
+from coordinator.api.bodies import beginning, json_body
 from coordinator.commands import Commands
 from coordinator.core import deployment as deployment_file
 from coordinator.model_store import ModelStore
@@ -21,6 +21,7 @@ from coordinator.news import News
 from coordinator.registry import audit, deployments, events, models, nodes
 from coordinator.registry.database import Database
 from coordinator.views import Views
+from coordinator.vouching import Vouching
 from skerry.wire import codec, logs, topics
 from skerry.wire.accounts import Role, may
 from skerry.wire.api import (
@@ -32,10 +33,14 @@ from skerry.wire.api import (
     ModelView,
     NodeView,
     Pushed,
+    SignatureState,
+    Signed,
     SplitView,
     StatusView,
 )
+from skerry.wire.bundle import MAX_BUNDLE_BYTES, Bundle
 from skerry.wire.messages import LogsRequest, ModelRef, StateTensor, WarmupTensor
+from skerry.wire.model_signature import NotVouched
 
 T = TypeVar("T")
 
@@ -80,6 +85,10 @@ CALLS = [
             "warmup": "inputs of the warm-up run: JSON, [{name, shape, value}]",
             "state": "outputs that are the next request's inputs within a sequence: JSON, [{input, output}]",
         },
+    ),
+    Call(
+        "PUT", "/v1/models/{name}/versions/{version}/signature", "sign_model", "Say who vouches for a version: an OpenSSF model signature",
+        Signed, role="operator", body="application/json",
     ),
     Call("GET", "/v1/artifacts/{sha256}", "fetch_artifact", "A model's bytes; ranges are served", bytes, role="operator", boxes=True),
     Call("GET", "/v1/deployments", "list_deployments", "Every deployment", list[DeploymentView]),
@@ -134,6 +143,7 @@ class Calls:
         *,
         database: Database,
         views: Views,
+        vouching: Vouching,
         store: ModelStore,
         news: News,
         access: Access,
@@ -143,6 +153,7 @@ class Calls:
     ) -> None:
         self._database = database
         self._views = views
+        self._vouching = vouching
         self._store = store
         self._news = news
         self._access = access
@@ -204,11 +215,7 @@ class Calls:
 
     async def push_model(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        name, version = request.match_info["name"], request.match_info["version"]
-        if not topics.is_name(name):
-            raise refuse(422, "invalid_name", f"{name[:80]!r} is not a name: letters, digits, '_' and '-', at most 63", field="name")
-        if not (version.isascii() and version.isdigit() and 0 < len(version) <= 9 and int(version)):
-            raise refuse(422, "invalid_version", f"{version[:40]!r} is not a version: a whole number from 1", field="version")
+        name, version = _model_version(request)
         warmup, state = _tensors(request, "warmup", WarmupTensor), _tensors(request, "state", StateTensor)
         sha256, size = await self._store.receive(
             _chunks(request),
@@ -216,7 +223,7 @@ class Calls:
             expected_bytes=request.content_length,
             state=state,
         )
-        ref = ModelRef(name, int(version), sha256, size, warmup, state)
+        ref = ModelRef(name, version, sha256, size, warmup, state)
         now_ms = time.time_ns() // 1_000_000
 
         def work(tables: Tables) -> bool:
@@ -228,7 +235,32 @@ class Calls:
 
         is_new = await self._database.write(work)
         self._replan()
-        return json_answer(Pushed(name, int(version), sha256, size, is_new), status=201 if is_new else 200)
+        return json_answer(Pushed(name, version, sha256, size, is_new), status=201 if is_new else 200)
+
+    async def sign_model(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name, version = _model_version(request)
+        signature = await json_body(request, Bundle)
+        if len(codec.encode(signature)) > MAX_BUNDLE_BYTES:
+            hint = "sign the model alone, not with all others of a repository"
+            raise refuse(413, "too_large", f"the signature has more than {MAX_BUNDLE_BYTES} bytes", hint=hint)
+        now_ms = time.time_ns() // 1_000_000
+
+        def work(tables: Tables) -> SignatureState | None:
+            model = models.read_model(tables, name, version)
+            if model is None:
+                return None
+            self._vouching.check(model, signature)
+            if models.save_signature(tables, model, signature):
+                after = f"key {signature.verification_material.public_key.hint[:16]}"
+                audit.append(tables, request[ACTOR], "model.signed", f"{name}:{version}", after=after, now_ms=now_ms)
+            return self._vouching.state(msgspec.structs.replace(model, signature=signature))
+
+        state = await self._database.write(work)
+        if state is None:
+            raise _unknown("model", f"{name}:{version}", "skerry model list")
+        self._replan()
+        return json_answer(Signed(name, version, state))
 
     async def fetch_artifact(self, request: web.Request) -> web.StreamResponse:
         """See CALLS."""
@@ -248,12 +280,20 @@ class Calls:
         except UnicodeDecodeError as exc:
             raise refuse(422, "invalid_deployment", f"the file is not UTF-8 (byte {exc.start})") from exc
         spec = deployment_file.parse(text)
-        if await self._database.read(lambda tables: models.read_model(tables, spec.model, spec.version)) is None:
+        model = await self._database.read(lambda tables: models.read_model(tables, spec.model, spec.version))
+        if model is None:
             held = [f"{m.name}:{m.version}" for m in await self._views.models()]
             raise refuse(
                 422, "unknown_model", f"model: {spec.model}:{spec.version} is not in the model store", field="model",
                 hint=f"push it with 'skerry model push'; the store has {', '.join(held) or 'no model yet'}",
             )  # fmt: skip
+        try:
+            self._vouching.check(model, model.signature)
+        except NotVouched as exc:
+            raise refuse(
+                422, "not_vouched", f"model: {spec.model}:{spec.version}: {exc}", field="model",
+                hint="sign it by a key of model_keys_file: 'skerry model sign', then 'skerry model push'",
+            ) from exc  # fmt: skip
         now_ms = time.time_ns() // 1_000_000
 
         def work(tables: Tables) -> int:
@@ -317,6 +357,16 @@ class Calls:
                 text = "".join(f"event: {topic}\ndata: {{}}\n\n" for topic in changed) or ": still here\n\n"
                 await response.write(text.encode())
         return response
+
+
+def _model_version(request: web.Request) -> tuple[str, int]:
+    """Of the path. Raises Refused."""
+    name, version = request.match_info["name"], request.match_info["version"]
+    if not topics.is_name(name):
+        raise refuse(422, "invalid_name", f"{name[:80]!r} is not a name: letters, digits, '_' and '-', at most 63", field="name")
+    if not (version.isascii() and version.isdigit() and 0 < len(version) <= 9 and int(version)):
+        raise refuse(422, "invalid_version", f"{version[:40]!r} is not a version: a whole number from 1", field="version")
+    return name, int(version)
 
 
 def _unknown(kind: str, name: str, hint: str) -> Exception:

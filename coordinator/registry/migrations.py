@@ -86,6 +86,8 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'audit records are not changed'); END;
     CREATE TRIGGER audit_is_not_removed BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'audit records are not removed'); END;
     """,
+    # 6: who vouches for a model
+    "ALTER TABLE models ADD COLUMN signature TEXT NOT NULL DEFAULT ''",
 ]
 
 

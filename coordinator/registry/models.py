@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 from sqlite_utils import Database as Tables
 
+from skerry.wire.bundle import Bundle
 from skerry.wire.messages import ModelRef, StateTensor, WarmupTensor
 
 
@@ -17,12 +18,14 @@ class Model(msgspec.Struct, frozen=True):
 
     ref: ModelRef
     pushed_at_ms: int
+    signature: Bundle | None = None
 
 
 def _model(row: dict[str, Any]) -> Model:
     warmup = msgspec.json.decode(row["warmup"], type=list[WarmupTensor])
     state = msgspec.json.decode(row["state"], type=list[StateTensor])
-    return Model(ModelRef(row["name"], row["version"], row["sha256"], row["size_bytes"], warmup, state), row["pushed_at_ms"])
+    signature = msgspec.json.decode(row["signature"], type=Bundle) if row["signature"] else None
+    return Model(ModelRef(row["name"], row["version"], row["sha256"], row["size_bytes"], warmup, state), row["pushed_at_ms"], signature)
 
 
 def read_models(tables: Tables) -> list[Model]:
@@ -56,3 +59,12 @@ def save_model(tables: Tables, ref: ModelRef, now_ms: int) -> bool:
         pk=("name", "version"),
     )
     return held is None
+
+
+def save_signature(tables: Tables, model: Model, signature: Bundle) -> bool:
+    """Keep who vouches for a version; says whether that is news."""
+    if model.signature == signature:
+        return False
+    text = msgspec.json.encode(signature).decode()
+    tables["models"].update((model.ref.name, model.ref.version), {"signature": text})  # type: ignore[union-attr]  # a table
+    return True

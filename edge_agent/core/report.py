@@ -25,16 +25,23 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     is_warm: bool = False
 
 
-def report_of(desired: Desired | None, known: Mapping[str, ReplicaStatus], waiting: Mapping[str, str], refused: str) -> Reported:
-    """The reported document. ``waiting`` says, by digest, why a wanted model's bytes are not here yet.
+def report_of(
+    desired: Desired | None, known: Mapping[str, ReplicaStatus], waiting: Mapping[str, str], unvouched: Mapping[str, str], refused: str
+) -> Reported:
+    """The reported document. ``waiting`` says, by digest, why a wanted model's bytes are not here yet; ``unvouched``, by replica, why its
+    model may not run here.
 
-    A wanted replica that nothing is known of is fetching; one that is no longer wanted is reported until it is gone.
+    A wanted replica that nothing is known of is fetching, or failed where it may not run; one that is no longer wanted is reported until
+    it is gone, and one whose next version may not run says so.
     """
     reports = {name: _report_of(status) for name, status in known.items()}
     for spec in desired.replicas if desired else []:
+        refusal = unvouched.get(spec.name, "")
         if spec.name not in reports:
-            reason = waiting.get(spec.model.sha256, "")
-            reports[spec.name] = ReplicaReport(spec.name, spec.deployment, spec.generation, "fetching", reason)
+            reason = refusal or waiting.get(spec.model.sha256, "")
+            reports[spec.name] = ReplicaReport(spec.name, spec.deployment, spec.generation, "failed" if refusal else "fetching", reason)
+        elif refusal:
+            reports[spec.name] = msgspec.structs.replace(reports[spec.name], reason=f"its next version may not run: {refusal}")
     return Reported(
         generation=desired.generation if desired else 0,
         replicas=[reports[name] for name in sorted(reports)],
@@ -105,8 +112,9 @@ def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus]) -> RouteT
     )
 
 
-def models_wanted(desired: Desired | None, present: Iterable[str]) -> list[ModelRef]:
-    """Each model that a wanted replica needs and the store lacks, once."""
-    have = set(present)
-    wanted = {spec.model.sha256: spec.model for spec in (desired.replicas if desired else []) if spec.model.sha256 not in have}
+def models_wanted(desired: Desired | None, present: Iterable[str], unvouched: Iterable[str] = ()) -> list[ModelRef]:
+    """Each model that a wanted replica needs, may run and the store lacks, once; ``unvouched`` names replicas whose model may not run."""
+    have, refused = set(present), set(unvouched)
+    replicas = [spec for spec in (desired.replicas if desired else []) if spec.name not in refused]
+    wanted = {spec.model.sha256: spec.model for spec in replicas if spec.model.sha256 not in have}
     return [wanted[digest] for digest in sorted(wanted)]

@@ -18,8 +18,8 @@ from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
-from edge_agent.warden.verify import Refused, judge
-from skerry.runtime import lifecycle, log, nvml, sdnotify, settings
+from edge_agent.warden.verify import Refused, judge, unvouched
+from skerry.runtime import keys, lifecycle, log, nvml, sdnotify, settings
 from skerry.wire import signing
 from skerry.wire.messages import RUNGS, Desired, Rung
 
@@ -84,6 +84,7 @@ def trusted_keys(path: Path) -> list[Ed25519PublicKey]:
 async def main(config: Config, stop: asyncio.Event) -> None:
     """Run the warden until ``stop`` is set; sandboxes are left running for the next one to adopt."""
     trusted = trusted_keys(config.trusted_keys_file)
+    model_keys = keys.trusted_for_models(config.model_keys_file)
     store = Store(config.state_dir)
     journal = Journal(config.state_dir / "journal.db", most=config.journal_entries)
 
@@ -109,6 +110,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         journal=journal,
         limits=limits_of(config),
         desired=desired,
+        unvouched=lambda document: unvouched(document, model_keys),
     )
 
     async def apply(envelope: bytes) -> None:

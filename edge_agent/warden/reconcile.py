@@ -53,6 +53,7 @@ class Reconciler:
         journal: Journal,
         limits: Limits,
         desired: Desired | None,
+        unvouched: Callable[[Desired | None], dict[str, str]],
     ) -> None:
         self._config = config
         self._drivers = drivers
@@ -62,6 +63,8 @@ class Reconciler:
         self._journal = journal
         self._limits = limits
         self.desired = desired
+        self._judge_models = unvouched
+        self._unvouched = unvouched(desired)
         self.refused = ""
         self._roster = Roster(config, slots, journal)
         self._known = self._roster.known
@@ -91,7 +94,11 @@ class Reconciler:
         """Act on a document that was verified and persisted."""
         if self.desired is None or desired.generation != self.desired.generation:
             self._say("desired.accepted", str(desired.generation), f"{len(desired.replicas)} replicas wanted")
-        self.desired, self.refused = desired, ""
+        unvouched = self._judge_models(desired)
+        for name, reason in unvouched.items():
+            if self._unvouched.get(name) != reason:
+                self._say("model.refused", name, reason)
+        self.desired, self.refused, self._unvouched = desired, "", unvouched
         self.wake()
 
     def refuse(self, reason: str) -> None:
@@ -131,7 +138,12 @@ class Reconciler:
         return LogsReply(read.lines, read.position)
 
     def _needs(self) -> list[ModelRef]:
-        return models_wanted(self.desired, self._store.models())
+        return models_wanted(self.desired, self._store.models(), self._unvouched)
+
+    def _may_stay(self, spec: ReplicaSpec) -> bool:
+        """Whether it is wanted. One whose model nobody vouches for is not fetched, so that the version before goes on; if it runs
+        already, since the keys were others then, it is stopped."""
+        return spec.name not in self._unvouched or not any(known.spec == spec for known in self._known.values())
 
     # -- the loop
 
@@ -190,7 +202,7 @@ class Reconciler:
         if self.desired is None:
             return False  # nothing is known of what is wanted: what runs is left alone
         now = time.monotonic()
-        want = {spec.name: spec for spec in self.desired.replicas}
+        want = {spec.name: spec for spec in self.desired.replicas if self._may_stay(spec)}
         self._roster.take_over(want)
         self._warm.notice()  # only now: one that came to wait while nothing happened is taken too
         takes = {spec.name: self._warm.takes(spec, driver) for spec in want.values() if (driver := self._driver_for(spec)) is not None}
@@ -218,7 +230,7 @@ class Reconciler:
 
     async def _fetch(self, spec: ReplicaSpec) -> bool:
         """Whether the model is here; the agent is told of what is not by the state's ``needs``."""
-        if spec.model.sha256 not in self._store.models():
+        if spec.name in self._unvouched or spec.model.sha256 not in self._store.models():
             return False
         self._not_fetched.pop(spec.model.sha256, None)
         self._known[launch.new_name(spec.name)] = Known(spec, "fetched")
@@ -304,7 +316,7 @@ class Reconciler:
                 logger.error("routes.not_written", reason=exc.strerror)
         rungs = sorted({driver.rung for driver in self._drivers}, key=RUNGS.index)
         by_replica = {status.spec.name: status for status in reversed(statuses)}
-        reported = report_of(self.desired, by_replica, self._not_fetched, self.refused)
+        reported = report_of(self.desired, by_replica, self._not_fetched, self._unvouched, self.refused)
         state = State(reported, self._needs(), rungs, self._absent)
         if state != self._state:
             self._state = state

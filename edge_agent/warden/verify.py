@@ -1,8 +1,11 @@
-"""Whether a desired document may be acted on: signed, for this box, and no older than what is already held."""
+"""Whether a desired document may be acted on: signed, for this box, and no older than what is already held; and what of it may run."""
 
+from collections.abc import Sequence
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from skerry.wire import codec, signing, topics
+from skerry.wire import codec, model_signature, signing, topics
 from skerry.wire.messages import Desired
 
 
@@ -34,3 +37,18 @@ def judge(envelope: bytes, *, trusted: list[Ed25519PublicKey], fleet: str, node:
     if len(set(names)) != len(names):
         raise Refused("replicas.name: a name is given twice")
     return desired
+
+
+def unvouched(desired: Desired | None, keys: Sequence[EllipticCurvePublicKey] | None) -> dict[str, str]:
+    """By replica, why its model may not run here: none of ``keys`` vouches for it. Empty where no keys are named."""
+    if desired is None or keys is None:
+        return {}
+    reasons = {}
+    for replica in desired.replicas:
+        model = replica.model
+        signature = desired.signatures.get(f"{model.name}/{model.version}")
+        try:
+            model_signature.verify(signature, keys, name=model.name, version=model.version, sha256=model.sha256)
+        except model_signature.NotVouched as exc:
+            reasons[replica.name] = f"model {model.name}:{model.version}: {exc}"
+    return reasons

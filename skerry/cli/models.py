@@ -4,20 +4,24 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import msgspec
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-from skerry.cli import catalogue, command, output
+from skerry.cli import catalogue, command, output, signing
 from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Upload, path_of
 from skerry.cli.command import Json, reporting
 from skerry.wire import codec
-from skerry.wire.api import ModelView, Pushed
+from skerry.wire.api import ModelView, Pushed, Signed
 from skerry.wire.messages import StateTensor, WarmupTensor
 from skerry.wire.units import format_bytes
 
 T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, help="Models in the store and in the catalogue.")
+app.command("keygen")(signing.model_keygen)
+app.command("sign")(signing.model_sign)
+app.command("verify")(signing.model_verify)
 
 
 @app.command("list")
@@ -100,9 +104,12 @@ def model_push(
     state: Annotated[
         str, typer.Option(help="outputs that are the next request's inputs within a sequence: JSON, [{input, output}]")
     ] = "[]",
+    signature: Annotated[
+        Path | None, typer.Option(help="who vouches for it, made by 'skerry model sign'; where none is named, FILE.sig if that is there")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Push a model version to the store."""
+    """Push a model version to the store, with its signature."""
     tensors, kept = _read_option(warmup, "--warmup", WarmupTensor), _read_option(state, "--state", StateTensor)
     if file.is_dir():
         manifest = catalogue.read_manifest(file / "model.toml")
@@ -113,11 +120,19 @@ def model_push(
         raise CliError(
             "give --name and --version", exit_code=EXIT_USAGE, hint="skerry model push FILE.onnx --name shelf-detector --version 1"
         )
-    pushed = push_file(command.coordinator(), file, name=name, number=number, warmup=tensors, state=kept)
+    signature = signature or signing.signature_beside(file)
+    bundle = signing.read_bundle(signature) if signature else None
+    coordinator = command.coordinator()
+    pushed = push_file(coordinator, file, name=name, number=number, warmup=tensors, state=kept)
+    signed = None
+    if bundle is not None:
+        signed = coordinator.call("PUT", path_of("models", name, "versions", number, "signature"), Signed, body=codec.encode(bundle))
     if as_json:
-        output.print_json(pushed)
+        output.print_json({**msgspec.to_builtins(pushed), "signature": signed.signature if signed else "none"})
     else:
         words = "pushed" if pushed.is_new else "was there already"
         output.console.print(
-            f"{pushed.name}:{pushed.version} {words}  {format_bytes(pushed.size_bytes)}  sha256 {pushed.sha256}", soft_wrap=True
+            f"{pushed.name}:{pushed.version} {words}  {format_bytes(pushed.size_bytes)}  sha256 {pushed.sha256}"
+            f"{f'  signature {signed.signature}' if signed else ''}",
+            soft_wrap=True,
         )

@@ -176,12 +176,13 @@ def budget_words(budget: CloudBudget | None) -> str:
 
 def print_models(models: Sequence[ModelView]) -> None:
     """A line for each model version."""
-    table = table_of("model", "size", "sha256", "pushed", "used by")
+    table = table_of("model", "size", "sha256", "signature", "pushed", "used by")
     for model in models:
         table.add_row(
             f"{model.name}:{model.version}",
             format_bytes(model.size_bytes),
             model.sha256[:16],
+            model.signature.replace("_", " "),
             moment(model.pushed_at_ms),
             ", ".join(model.used_by),
         )

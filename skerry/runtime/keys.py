@@ -8,6 +8,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
+from skerry.runtime.settings import SettingsError
+from skerry.wire import model_signature
+
 
 def made() -> ec.EllipticCurvePrivateKey:
     """A new one."""
@@ -17,6 +20,18 @@ def made() -> ec.EllipticCurvePrivateKey:
 def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     """What stands in its file (PKCS #8, not encrypted)."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def trusted_for_models(path: Path | None) -> list[ec.EllipticCurvePublicKey] | None:
+    """The public keys in the file that ``model_keys_file`` names; None where it names none. Raises SettingsError."""
+    if path is None:
+        return None
+    try:
+        return model_signature.parse_keys(path.read_bytes())
+    except OSError as exc:
+        raise SettingsError(f"model_keys_file: {path}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise SettingsError(f"model_keys_file: {path}: {exc}") from exc
 
 
 def load(path: Path) -> ec.EllipticCurvePrivateKey:

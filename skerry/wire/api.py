@@ -143,6 +143,10 @@ class Accepted(msgspec.Struct, frozen=True):
     warnings: list[str] = []
 
 
+SignatureState = Literal["none", "unchecked", "verified", "not_trusted"]
+"""Whether a model is signed; ``unchecked`` where this coordinator has no keys for models (``model_keys_file``)."""
+
+
 class ModelView(msgspec.Struct, frozen=True):
     """A model version in the store."""
 
@@ -153,6 +157,15 @@ class ModelView(msgspec.Struct, frozen=True):
     pushed_at_ms: int
     used_by: list[str] = []
     state: list[StateTensor] = []
+    signature: SignatureState = "none"
+
+
+class Signed(msgspec.Struct, frozen=True):
+    """A model that somebody vouches for."""
+
+    name: str
+    version: int
+    signature: SignatureState
 
 
 class Pushed(msgspec.Struct, frozen=True):

@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-SCHEMA_VERSION = 4
+from skerry.wire.bundle import Bundle
+
+SCHEMA_VERSION = 5
 """Moves together with ``wire/schema.json``; sent as the MQTT 5 user property ``schema``."""
 
 Tier = Literal["edge", "cloud"]
@@ -169,6 +171,8 @@ class Desired(msgspec.Struct, frozen=True):
     routes: list[RouteSpec] = []
     revoked: list[str] = []
     """Boxes that were thrown out, as far as this one could hear of them: its gateway answers theirs no more."""
+    signatures: dict[str, Bundle] = {}
+    """By ``NAME/VERSION``, who vouches for the models of ``replicas``; the warden judges it (skerry/wire/model_signature.py)."""
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):

@@ -92,9 +92,15 @@ def wait_until(holds: Callable[[], bool], within_s: float, what: Callable[[], ob
 
 @contextlib.contextmanager
 def running(
-    *, broker_kind: str = "embedded", drivers: tuple[str, ...] = ("bubblewrap",), wait: bool = True, warm_most: int = 0
+    *,
+    broker_kind: str = "embedded",
+    drivers: tuple[str, ...] = ("bubblewrap",),
+    wait: bool = True,
+    warm_most: int = 0,
+    model_keys: bytes = b"",
 ) -> Iterator[World]:
-    """Bring a fleet up in a directory of its own and take it down again, to the last process."""
+    """Bring a fleet up in a directory of its own and take it down again, to the last process. ``model_keys`` are public ones (PEM), by
+    which coordinator and boxes then ask models to be signed."""
     folder = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp"))
     fleet = Fleet(folder, broker_kind=broker_kind, drivers=list(drivers), warm_most=warm_most)
     loop = asyncio.new_event_loop()
@@ -103,6 +109,10 @@ def running(
     world = World(fleet, loop)
     try:
         fleet.prepare()
+        if model_keys:
+            (folder / "model-keys.pem").write_bytes(model_keys)
+            for config in (folder / "coordinator" / "coordinator.toml", *folder.glob("boxes/*/warden.toml")):
+                config.write_text(f'model_keys_file = "{folder}/model-keys.pem"\n{config.read_text()}')
         world.do(fleet.start())
         if wait:
             wait_until(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from edge_agent.core.admission import Limits
 from edge_agent.core.report import models_wanted
@@ -24,8 +25,10 @@ from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store
+from edge_agent.warden.verify import unvouched
 from skerry.wire import codec, ipc
 from skerry.wire.box import Entry, RouteTable
+from skerry.wire.bundle import Bundle
 from skerry.wire.messages import Desired, ModelRef, ReplicaReport, ReplicaSpec, RouteSpec
 from tests.conftest import scaling
 
@@ -66,6 +69,7 @@ class Box:
         )
         self.config.incoming_dir.mkdir(exist_ok=True)
         self.desired: Desired | None = None
+        self.model_keys: list[EllipticCurvePublicKey] | None = None
         self._drivers = drivers
         self._models: dict[str, bytes] = {}
         self._look: Callable[[], object] = lambda: None
@@ -88,6 +92,7 @@ class Box:
             journal=self.journal,
             limits=self.limits,
             desired=self.desired,
+            unvouched=lambda document: unvouched(document, self.model_keys),
         )
         self.warden.on_change = self.journal.on_add = lambda *_: self._look()
         stop = asyncio.Event()
@@ -124,18 +129,24 @@ class Box:
         fields = {"generation": version, "memory_bytes": 256 * MIB, "cpus": 1.0, **fields}
         return ReplicaSpec(name, name.rpartition("-")[0], model=model, **fields)
 
-    def document(self, *replicas: ReplicaSpec) -> Desired:
+    def document(self, *replicas: ReplicaSpec, signatures: dict[str, Bundle] | None = None) -> Desired:
         """The next document, by which these replicas are wanted, each deployment's with a route."""
         routes = {r.deployment: RouteSpec(r.deployment, r.model.name, r.model.version, 1000) for r in replicas}
         generation = 1 if self.desired is None else self.desired.generation + 1
         self.desired = Desired(
-            self.config.fleet, self.config.node, generation, issued_at_ms=1, replicas=list(replicas), routes=list(routes.values())
+            self.config.fleet,
+            self.config.node,
+            generation,
+            issued_at_ms=1,
+            replicas=list(replicas),
+            routes=list(routes.values()),
+            signatures=signatures or {},
         )
         return self.desired
 
-    async def want(self, *replicas: ReplicaSpec) -> None:
+    async def want(self, *replicas: ReplicaSpec, signatures: dict[str, Bundle] | None = None) -> None:
         """Have a new document accepted, and bring the models that it needs, as the agent would."""
-        desired = self.document(*replicas)
+        desired = self.document(*replicas, signatures=signatures)
         self.warden.accept(desired)
         for model in models_wanted(desired, Store(self.config.state_dir).models()):
             self.bring(model)

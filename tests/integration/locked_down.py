@@ -18,9 +18,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from edge_agent.worker import lockdown
 from skerry.confine.numbers import AARCH64, X86_64
 from skerry.confine.policy import NEVER
-from edge_agent.worker import lockdown
 
 NUMBERS = {"x86_64": X86_64, "aarch64": AARCH64}[os.uname().machine]
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()

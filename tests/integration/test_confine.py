@@ -18,13 +18,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from skerry.confine.policy import NEVER
 from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
 from edge_agent.warden.drivers.host_runtime import with_model, worker_argv, worker_environment
 from edge_agent.warden.ports import SandboxSpec
 from edge_agent.worker import lockdown
 from edge_agent.worker.session import CPU_PROVIDER, GPU_PROVIDER, Session
 from skerry.cli import catalogue
+from skerry.confine.policy import NEVER
 from skerry.runtime import nvml
 from skerry.wire import ipc, oip
 from tests.conftest import need

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skerry.confine.numbers import X86_64
 from edge_agent.warden.kernel_log import KernelLog, RefusedCall, refused_call
+from skerry.confine.numbers import X86_64
 from tests.conftest import need
 
 RECORD = (

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import msgspec
 
-from skerry.confine import bpf, policy
 from edge_agent.warden.drivers import bubblewrap_command, cgroup, probe
 from edge_agent.warden.drivers.process_log import ProcessLog
 from edge_agent.warden.ports import LAST_LINES, DriverFailed, Ending, LogLines, Sandbox, SandboxSpec, Usage
+from skerry.confine import bpf, policy
 from skerry.wire.messages import Rung
 
 NICENESS = 5

@@ -15,9 +15,9 @@ from typing import Literal
 
 import msgspec
 
-from skerry.confine.policy import FLOOR, SERVER_FLOOR, Policy
 from edge_agent.warden.drivers import host_runtime
 from edge_agent.warden.ports import SOCKET_DIR, SOCKET_NAME, DriverFailed, LogLines, SandboxSpec, Usage
+from skerry.confine.policy import FLOOR, SERVER_FLOOR, Policy
 from skerry.wire.messages import Rung, Server
 
 PartKind = Literal["worker", "server", "relay"]

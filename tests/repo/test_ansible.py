@@ -173,6 +173,7 @@ def rendered(tmp_path_factory) -> Path:
         "coordinator_broker_cert_file": "coordinator.crt",
         "coordinator_plain_http": True,
         "coordinator_public_key": "unused",
+        "skerry_model_keys": "-----BEGIN PUBLIC KEY-----",
         "broker_config_dir": str(work / "broker"),
         "broker_data_dir": str(work / "data"),
         "broker_port": _free_port(),
@@ -196,7 +197,9 @@ def _free_port() -> int:
     ("name", "kind"), [("agent", AgentConfig), ("warden", WardenConfig), ("gateway", GatewayConfig), ("coordinator", CoordinatorConfig)]
 )
 def test_a_program_takes_its_rendered_settings(rendered, name, kind):
-    settings.load(rendered / f"{name}.toml", kind)
+    loaded = settings.load(rendered / f"{name}.toml", kind)
+    if isinstance(loaded, WardenConfig | CoordinatorConfig):
+        assert loaded.model_keys_file == Path("/etc/skerry/model-keys.pem")
 
 
 def test_rendered_settings_say_what_the_inventory_says(rendered):

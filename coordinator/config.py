@@ -17,6 +17,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: str
     public_url: str
     broker: Broker
+    signer_socket: Path | None = None
+    """Where ``skerry-signer`` listens; where none is named, the key lies in ``state_dir`` and this program signs."""
+    desired_days: Annotated[float, msgspec.Meta(ge=0.001, le=365)] = 30.0
+    """How long what boxes are told may be taken by one that does not hold it; it is told anew after half of that."""
     certificate_days: Annotated[float, msgspec.Meta(ge=0.001, le=365)] = 7.0
     """How long the certificates of boxes last; they renew theirs after two thirds of it."""
     revoked_list_file: Path | None = None

@@ -20,7 +20,6 @@ from coordinator.api.calls import CALLS, Calls
 from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.openapi import document
 from coordinator.ca.authority import Authority, AuthorityUnusable
-from coordinator.ca.signer import KeyUnusable, Signer
 from coordinator.commands import Commands
 from coordinator.config import Config
 from coordinator.console import routes as console
@@ -36,6 +35,8 @@ from coordinator.publish import Publisher
 from coordinator.registry.database import Database
 from coordinator.registry.migrations import TooNew
 from coordinator.session import FleetSession, Message
+from coordinator.signer.client import OwnSigner, Signer, SignerOnSocket
+from coordinator.signer.keyring import Keyring, KeyUnusable
 from coordinator.views import Views
 from coordinator.vouching import Vouching
 from skerry.runtime import keys, lifecycle, log, sdnotify, settings, tls
@@ -45,18 +46,20 @@ from skerry.wire.messages import Ack, LogsRequest
 logger = log.get("coordinator")
 
 SHUTDOWN_S = 3.0
-OWN_CERTIFICATE_MS = 365 * 24 * 3600 * 1000
+DAY_MS = 24 * 3600 * 1000
+OWN_CERTIFICATE_MS = 365 * DAY_MS
 """Looked at on each start."""
 
 
 async def main(config: Config, stop: asyncio.Event) -> None:
     """Run the coordinator until ``stop`` is set."""
     try:
-        signer = Signer(config.state_dir)
+        signer = SignerOnSocket(config.signer_socket) if config.signer_socket else OwnSigner(Keyring(config.state_dir, config.fleet))
         authority = Authority(config.state_dir / "ca", config.fleet, now_ms=_now_ms())
         own_certificates(config, authority)
         async with Database(config.state_dir / "registry.db") as database:
             await _serve(config, signer, authority, database, stop)
+        await signer.close()
     except (KeyUnusable, AuthorityUnusable, TooNew) as exc:
         raise settings.SettingsError(f"state_dir: {exc}") from exc
 
@@ -77,7 +80,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
     commands = Commands(ask_logs)
     session = FleetSession(config.broker, config.fleet, queue=queue, on_connected=on_connected, on_reply=commands.answered)
     publisher = Publisher(session, signer, database)
-    plan_loop = PlanLoop(database, publisher, news, fleet=config.fleet)
+    plan_loop = PlanLoop(database, publisher, news, signer, fleet=config.fleet, lifetime_ms=int(config.desired_days * DAY_MS))
     evictions = Evictions(config.broker, authority, config.fleet, now_ms=_now_ms)
 
     async def thrown_out(node: str) -> None:
@@ -88,10 +91,10 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         database,
         authority,
         news,
+        signer,
         fleet=config.fleet,
         public_url=config.public_url,
-        desired_keys=lambda: (config.state_dir / "signing.pub").read_text().split("\n"),
-        certificate_ms=int(config.certificate_days * 24 * 3600 * 1000),
+        certificate_ms=int(config.certificate_days * DAY_MS),
         list_file=config.revoked_list_file or config.state_dir / "ca" / "revoked.pem",
         thrown_out=thrown_out,
     )
@@ -116,8 +119,9 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         write_uses=directory.write_uses,
     )
     access = Access(config.state_dir, directory, enrolment.is_token, behind_proxy=config.behind_proxy)
-    vouching = Vouching(keys.trusted_for_models(config.model_keys_file))
-    views = Views(database, live, vouching, fleet=config.fleet, rollup_s=config.rollup_s)
+    views = Views(
+        database, live, vouching := Vouching(keys.trusted_for_models(config.model_keys_file)), fleet=config.fleet, rollup_s=config.rollup_s
+    )
     calls = Calls(
         database=database,
         views=views,

@@ -14,6 +14,7 @@ from coordinator.news import News
 from coordinator.registry import audit, events, identity, nodes
 from coordinator.registry.audit import Actor
 from coordinator.registry.database import Database
+from coordinator.signer.client import Signer
 from skerry.runtime import durable, log
 from skerry.wire.identity import (
     SITE,
@@ -53,10 +54,10 @@ class Enrolment:
         database: Database,
         authority: Authority,
         news: News,
+        signer: Signer,
         *,
         fleet: str,
         public_url: str,
-        desired_keys: Callable[[], list[str]],
         certificate_ms: int,
         list_file: Path,
         thrown_out: Callable[[str], Awaitable[None]],
@@ -66,7 +67,7 @@ class Enrolment:
         self._news = news
         self._fleet = fleet
         self._public_url = public_url
-        self._desired_keys = desired_keys
+        self._signer = signer
         self._certificate_ms = certificate_ms
         self._list_file = list_file
         self._thrown_out = thrown_out
@@ -185,6 +186,7 @@ class Enrolment:
             audit.append(tables, actor, "node.enrolled", request.node, after=after, now_ms=now_ms)
             return held, self._issue(tables, held, key, now_ms)
 
+        key_line = (await self._signer.keys()).public_key  # before anything is changed: without them nobody can join
         before = self._enrolled.get(request.node)
         held, chain = await self._database.write(work)
         self._note(held)
@@ -193,7 +195,7 @@ class Enrolment:
         logger.info("node.enrolled", node=request.node, claim=claim[0])
         self._news.tell("nodes", "events")
         return Enrolled(
-            self._fleet, request.node, chain, self._authority.root_pem, token, [line for line in self._desired_keys() if line], held.labels
+            self._fleet, request.node, chain, self._authority.root_pem, token, [key_line], held.labels, since_ms=held.enrolled_at_ms
         )
 
     async def renew(self, request: RenewRequest) -> Renewed:

@@ -1,6 +1,8 @@
 """Plans anew whenever boxes, models or deployments changed, and tells the boxes whose part changed."""
 
 import asyncio
+import contextlib
+import hashlib
 import time
 from collections.abc import Mapping
 
@@ -13,6 +15,7 @@ from coordinator.publish import Publisher
 from coordinator.registry import deployments, identity, models, nodes
 from coordinator.registry.database import Database, RegistryFailed
 from coordinator.session import NotConnected
+from coordinator.signer.client import Signer, SignerAbsent
 from skerry.runtime import lifecycle, log
 from skerry.wire import codec
 from skerry.wire.bundle import Bundle
@@ -24,6 +27,8 @@ logger = log.get("coordinator.plan")
 GATHER_S = 0.02
 """Changes that come together are planned together."""
 AGAIN_S = 60.0
+UNSIGNED_AGAIN_S = 2.0
+"""While the signer is away."""
 ENVELOPE_BYTES = 512
 """What signing adds to a document."""
 
@@ -49,7 +54,26 @@ def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None) -> planner
     )
 
 
-def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
+class Terms(msgspec.Struct, frozen=True):
+    """Under which documents are made: how long they may be taken, and which signing keys are the fleet's no more."""
+
+    lifetime_ms: int
+    retired_keys: list[str]
+
+
+def is_stale(document: Desired | None, terms: Terms, *, enrolled_at_ms: int, now_ms: int) -> bool:
+    """Whether a box must be told the same anew: it would soon be too old for one that comes back without a disk, it was issued before
+    the box was enrolled, or other keys are retired. Spread over the fleet: between a half and two thirds of its life."""
+    if document is None:
+        return True
+    jitter = int.from_bytes(hashlib.sha256(document.node.encode()).digest()[:4], "big") / 2**32
+    half_ms = terms.lifetime_ms * (0.5 - jitter / 6)
+    is_old = not document.expires_at_ms or document.expires_at_ms - now_ms < half_ms
+    is_long = document.expires_at_ms - document.issued_at_ms > terms.lifetime_ms
+    return is_old or is_long or document.issued_at_ms < enrolled_at_ms or document.retired_keys != terms.retired_keys
+
+
+def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms) -> list[Desired]:
     """Plan and keep the plan; returns the documents that changed."""
     enrolled, thrown_out = identity.read_enrolled(tables), identity.read_thrown_out(tables)
     boxes = [box for stored in nodes.read_nodes(tables) if (box := node_of(stored, enrolled.get(stored.id))) is not None]
@@ -70,12 +94,16 @@ def replan(tables: Tables, *, fleet: str, now_ms: int) -> list[Desired]:
         revoked = sorted(name for name, site in thrown_out.items() if sites.get(node) in (None, site))
         signatures = _signatures_of(part.replicas, stored_models)
         now = (part.replicas, part.routes, revoked, signatures)
-        if old is not None and (old.replicas, old.routes, old.revoked, old.signatures) == now:
+        enrolled_at_ms = enrolled[node].enrolled_at_ms if node in enrolled else 0
+        is_told = old is not None and (old.replicas, old.routes, old.revoked, old.signatures) == now
+        if is_told and not is_stale(old, terms, enrolled_at_ms=enrolled_at_ms, now_ms=now_ms):
             continue
         if old is None and not part.replicas and not part.routes:
             continue
         generation = (old.generation if old else 0) + 1
-        document = Desired(fleet, node, generation, now_ms, *now)
+        issued_at_ms = max(now_ms, enrolled_at_ms, old.issued_at_ms + 1 if old else 0)  # boxes take it for proof of the time
+        expires_at_ms = issued_at_ms + terms.lifetime_ms
+        document = Desired(fleet, node, generation, issued_at_ms, *now, expires_at_ms=expires_at_ms, retired_keys=terms.retired_keys)
         size = len(codec.encode(document)) + ENVELOPE_BYTES
         if size > codec.MAX_MESSAGE_BYTES:
             too_large[node] = size
@@ -107,11 +135,13 @@ def _with_sizes(outcome: planner.Outcome, too_large: dict[str, int]) -> planner.
 class PlanLoop:
     """``wake`` asks for a plan."""
 
-    def __init__(self, database: Database, publisher: Publisher, news: News, *, fleet: str) -> None:
+    def __init__(self, database: Database, publisher: Publisher, news: News, signer: Signer, *, fleet: str, lifetime_ms: int) -> None:
         self._database = database
         self._publisher = publisher
         self._news = news
+        self._signer = signer
         self._fleet = fleet
+        self._terms = Terms(lifetime_ms, [])
         self._wake = asyncio.Event()
         self._wake.set()
 
@@ -122,7 +152,7 @@ class PlanLoop:
     async def run(self, stop: asyncio.Event) -> None:
         """Plan until ``stop`` is set."""
         while not stop.is_set():
-            await lifecycle.first_of(self._wake, stop, within_s=AGAIN_S)
+            await lifecycle.first_of(self._wake, stop, within_s=UNSIGNED_AGAIN_S if self._publisher.unsigned else AGAIN_S)
             if await lifecycle.sleep_until(stop, GATHER_S):
                 return
             self._wake.clear()
@@ -131,11 +161,15 @@ class PlanLoop:
     async def _plan(self) -> None:
         started = time.perf_counter()
         try:
-            now_ms = time.time_ns() // 1_000_000
-            changed = await self._database.write(lambda tables: replan(tables, fleet=self._fleet, now_ms=now_ms))
+            with contextlib.suppress(SignerAbsent):  # what was known last holds
+                self._terms = msgspec.structs.replace(self._terms, retired_keys=(await self._signer.keys()).retired)
+            now_ms, terms = time.time_ns() // 1_000_000, self._terms
+            changed = await self._database.write(lambda tables: replan(tables, fleet=self._fleet, now_ms=now_ms, terms=terms))
         except (RegistryFailed, msgspec.DecodeError, codec.Malformed) as exc:
             logger.error("plan.failed", reason=str(exc))
             return
+        with contextlib.suppress(NotConnected):  # all are told again after the next connect
+            await self._publisher.publish_unsigned()
         for document in changed:
             try:
                 await self._publisher.publish(document)

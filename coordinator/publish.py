@@ -1,9 +1,9 @@
 """What boxes are told and asked: whole signed documents, retained; the word that their events are safe; commands."""
 
-from coordinator.ca.signer import Signer
 from coordinator.registry import nodes
 from coordinator.registry.database import Database
 from coordinator.session import FleetSession
+from coordinator.signer.client import NotSigned, Signer, SignerAbsent
 from skerry.runtime import log
 from skerry.wire import codec, topics
 from skerry.wire.messages import Ack, Desired, LogsRequest
@@ -22,14 +22,33 @@ class Publisher:
         self._session = session
         self._signer = signer
         self._database = database
+        self.unsigned: set[str] = set()
+        """Boxes that could not be told what was planned last, because nobody signed it."""
 
     async def publish(self, desired: Desired) -> None:
         """Tell one box what to do. Raises NotConnected."""
-        envelope = self._signer.sign(desired)
+        try:
+            envelope = await self._signer.sign(desired)
+        except (SignerAbsent, NotSigned) as exc:
+            if desired.node not in self.unsigned:
+                logger.error("desired.not_signed", node=desired.node, generation=desired.generation, reason=str(exc))
+            self.unsigned.add(desired.node)
+            return
+        self.unsigned.discard(desired.node)
         if len(envelope) > codec.MAX_MESSAGE_BYTES:
             logger.error("desired.too_large", node=desired.node, bytes=len(envelope))
             return
         await self._session.publish(topics.desired(desired.fleet, desired.node), envelope, retain=True)
+
+    async def publish_unsigned(self) -> None:
+        """Try again what nobody signed. Raises NotConnected."""
+        if self.unsigned:
+            documents = await self._database.read(nodes.read_desired)
+            for node in sorted(self.unsigned):
+                if node in documents:
+                    await self.publish(documents[node])
+                if node in self.unsigned:
+                    break  # the others would wait for the same
 
     async def publish_all(self) -> None:
         """Tell every box again: a broker that lost its retained messages has them back, and each box answers with what it is."""

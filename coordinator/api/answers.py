@@ -15,6 +15,7 @@ from coordinator.registry import identity
 from coordinator.registry.database import RegistryFailed
 from coordinator.registry.models import Exists
 from coordinator.session import NotConnected
+from coordinator.signer.client import SignerAbsent
 from skerry.runtime import log
 from skerry.wire import codec
 from skerry.wire.api import Problem, ProblemBody
@@ -98,6 +99,8 @@ def _problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901, PLR0912 -
             return _of_accounts(exc)
         case Exists():
             return 409, Problem("version_exists", str(exc))
+        case SignerAbsent():
+            return 503, Problem("signer_absent", str(exc), hint="is skerry-signer running? Nothing was changed")
         case RegistryFailed():
             return 503, Problem("registry_unavailable", str(exc), hint="nothing was changed; try again once the disk has room")
         case TooMany() | NotConnected() | NoAnswer():

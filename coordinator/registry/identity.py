@@ -27,6 +27,7 @@ class Enrolment(msgspec.Struct, frozen=True):
     key_sha256: str
     token_sha256: str
     revoked_at_ms: int
+    enrolled_at_ms: int = 0
 
 
 def digest_of(secret: str) -> str:
@@ -109,7 +110,7 @@ def redeem(
             " WHERE node = ? AND role IN ('box', 'gateway') AND revoked_at_ms IS NULL",
             [now_ms, node],
         )
-    return Enrolment(node, tier, claim.labels, key_sha256, token_sha256, 0)
+    return Enrolment(node, tier, claim.labels, key_sha256, token_sha256, 0, now_ms)
 
 
 # -- boxes
@@ -126,7 +127,10 @@ def read_one(tables: Tables, node: str) -> Enrolment | None:
 
 
 def _enrolment(row: dict[str, Any]) -> Enrolment:
-    return Enrolment(row["node"], row["tier"], json.loads(row["labels"]), row["key_sha256"], row["token_sha256"], row["revoked_at_ms"] or 0)
+    return Enrolment(
+        row["node"], row["tier"], json.loads(row["labels"]), row["key_sha256"], row["token_sha256"], row["revoked_at_ms"] or 0,
+        row["enrolled_at_ms"],
+    )  # fmt: skip
 
 
 def revoke(tables: Tables, node: str, *, reason: str, now_ms: int) -> bool:

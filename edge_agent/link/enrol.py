@@ -48,7 +48,8 @@ def run(arguments: list[str]) -> int:
     sys.stdout.write(f"{enrolled.node} is a box of fleet {enrolled.fleet}\n" + "".join(f"  wrote {path}\n" for path in written))
     if parsed.trusted_keys is None:
         sys.stdout.write(
-            "  the warden's trusted keys (its trusted_keys_file):\n" + "".join(f"    {line}\n" for line in enrolled.desired_keys)
+            "  the warden's trusted keys (its trusted_keys_file):\n"
+            + "".join(f"    {line}\n" for line in enrolled.trusted_lines.splitlines())
         )
     return 0
 
@@ -103,7 +104,7 @@ def write(config: Config, enrolled: Enrolled, trusted_keys: Path | None) -> list
         written.append(Path(coordinator.ca_file))
     _keep(coordinator.token_file, f"{enrolled.token}\n".encode(), mode=0o600, like=config.state_dir)
     if trusted_keys is not None:
-        durable.write(trusted_keys, "".join(f"{line}\n" for line in enrolled.desired_keys).encode(), mode=0o644)
+        durable.write(trusted_keys, enrolled.trusted_lines.encode(), mode=0o644)
         written.append(trusted_keys)
     return written
 

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.core.admission import Limits
 from edge_agent.warden.config import Config
+from edge_agent.warden.documents import Documents
 from edge_agent.warden.drivers import host_runtime
 from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
 from edge_agent.warden.drivers.docker import DockerDriver
@@ -18,10 +19,11 @@ from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
-from edge_agent.warden.verify import Refused, judge, unvouched
+from edge_agent.warden.trust import TrustFile
+from edge_agent.warden.verify import Refused, unvouched
 from skerry.runtime import keys, lifecycle, log, nvml, sdnotify, settings
 from skerry.wire import signing
-from skerry.wire.messages import RUNGS, Desired, Rung
+from skerry.wire.messages import RUNGS, Rung
 
 logger = log.get("warden")
 
@@ -71,10 +73,10 @@ def limits_of(config: Config) -> Limits:
     return Limits(memory_bytes, {gpu.uuid: min(most_bytes, gpu.memory_mib * 2**20) for gpu in nvml.gpus()})
 
 
-def trusted_keys(path: Path) -> list[Ed25519PublicKey]:
-    """The coordinator's keys, as enrolment left them. Raises SettingsError."""
+def trusted_keys(path: Path) -> tuple[list[Ed25519PublicKey], int]:
+    """The coordinator's keys, and since when, as enrolment left them. Raises SettingsError."""
     try:
-        return signing.parse_public_keys(path.read_text())
+        return signing.parse_trusted(path.read_text())
     except OSError as exc:
         raise settings.SettingsError(f"trusted_keys_file: {path}: {exc.strerror}") from exc
     except ValueError as exc:
@@ -83,17 +85,17 @@ def trusted_keys(path: Path) -> list[Ed25519PublicKey]:
 
 async def main(config: Config, stop: asyncio.Event) -> None:
     """Run the warden until ``stop`` is set; sandboxes are left running for the next one to adopt."""
-    trusted = trusted_keys(config.trusted_keys_file)
+    trust = TrustFile(config.state_dir / "trust.json", *trusted_keys(config.trusted_keys_file))
     model_keys = keys.trusted_for_models(config.model_keys_file)
     store = Store(config.state_dir)
     journal = Journal(config.state_dir / "journal.db", most=config.journal_entries)
 
-    def judged(envelope: bytes, held: Desired | None) -> Desired:
-        return judge(envelope, trusted=trusted, fleet=config.fleet, node=config.node, held=held)
-
+    documents = Documents(config, store, trust)
     desired = None
     try:
-        desired = store.load_desired(lambda envelope: judged(envelope, None))
+        desired = documents.load()
+    except StoreFailed as exc:
+        raise settings.SettingsError(f"state_dir: {exc}") from exc
     except Refused as exc:
         journal.add("desired.damaged", "", f"the document on disk is not used: {exc}", at_ms=time.time_ns() // 1_000_000)
         store.set_aside_desired()
@@ -115,9 +117,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
 
     async def apply(envelope: bytes) -> None:
         try:
-            document = judged(envelope, reconciler.desired)
-            if document != reconciler.desired:
-                store.save_desired(envelope)  # before it is acted on
+            document = documents.take(envelope, reconciler.desired)
         except (Refused, StoreFailed) as exc:
             reconciler.refuse(str(exc))
         else:

@@ -5,9 +5,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from skerry.runtime import durable
-from skerry.wire.messages import Desired, ModelRef
+from skerry.wire.messages import ModelRef
+
+T = TypeVar("T")
 
 _CHUNK_BYTES = 1 << 20
 
@@ -33,8 +36,8 @@ class Store:
         except OSError as exc:
             raise StoreFailed(f"the document can't be kept: {exc.strerror}") from exc
 
-    def load_desired(self, judge: Callable[[bytes], Desired]) -> Desired | None:
-        """The document last saved, judged anew, since the file may have been tampered with. ``judge`` raises for a bad one."""
+    def load_desired(self, judge: Callable[[bytes], T]) -> T | None:
+        """What ``judge`` makes of the document last saved, since the file may have been tampered with. It raises for a bad one."""
         try:
             envelope = self._desired.read_bytes()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The demo's processes: a broker, a coordinator and four boxes of three programs each, below one directory."""
+"""The demo's processes: a broker, a signer, a coordinator and four boxes of three programs each, below one directory."""
 
 import asyncio
 import contextlib
@@ -75,7 +75,7 @@ class Fleet:
         self.folder.mkdir(parents=True, exist_ok=True)
         if len(str(self.folder)) > 60:
             raise DemoFailed(f"{self.folder}: the path is too long for Unix sockets below it: name a shorter one with DIR=")
-        for name in ("boxes", "coordinator", "broker", "logs"):
+        for name in ("boxes", "coordinator", "signer", "broker", "logs"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / MARK).touch()
         self.logs.mkdir()
@@ -85,11 +85,15 @@ class Fleet:
         self._commands["broker"] = _python(
             "skerry.demo.broker", "--port", str(self.broker_port), "--dir", str(self.folder / "broker"), "--kind", self._broker_kind
         )
+        signer = self.folder / "signer"
+        signer.mkdir()
+        (signer / "signer.toml").write_text(f'fleet = "{FLEET}"\nstate_dir = "{signer}"\nsocket = "{signer}/signer.sock"\n')
+        self._commands["signer"] = _python("coordinator.signer", "--config", str(signer / "signer.toml"))
         config = self.folder / "coordinator" / "coordinator.toml"
         config.parent.mkdir()
         config.write_text(
             f'fleet = "{FLEET}"\nstate_dir = "{config.parent}"\nlisten = "127.0.0.1:{coordinator_port}"\npublic_url = "{self.url}"\n'
-            f'rollup_s = 1\n[broker]\nhost = "127.0.0.1"\nport = {self.broker_port}\n'
+            f'rollup_s = 1\nsigner_socket = "{signer}/signer.sock"\n[broker]\nhost = "127.0.0.1"\nport = {self.broker_port}\n'
         )
         self._commands["coordinator"] = _python("coordinator", "--config", str(config))
         sites: list[tuple[str, Tier, dict[str, str]]] = [
@@ -117,7 +121,7 @@ gateway_url = "{url}"\nsample_every_s = 0.5\nwill_delay_s = 2\nreconnect_most_s 
 [coordinator]\nurl = "{self.url}"\ntoken_file = "{self.folder}/coordinator/box.token"\nproxy = "http://127.0.0.1:{proxy_port}"\n""",
             "warden": f"""fleet = "{FLEET}"\nnode = "{name}"\nstate_dir = "{folder}/warden"\nsocket = "{folder}/warden.sock"
 incoming_dir = "{folder}/agent/incoming"\nroutes_file = "{folder}/routes.json"
-trusted_keys_file = "{self.folder}/coordinator/signing.pub"\ndrivers = {json.dumps(self._drivers)}
+trusted_keys_file = "{self.folder}/signer/signing.pub"\ndrivers = {json.dumps(self._drivers)}
 docker_socket = "{docker_socket()}"\ndrain_s = 0.5\nwarm_most = {self._warm_most}
 uid_first = {UID_FIRST + UIDS_PER_BOX * len(self.boxes)}\n""",
             "gateway": f"""node = "{name}"\ntier = "{tier}"\nlisten = "127.0.0.1:{gateway_port}"\nsocket = "{folder}/gateway.sock"
@@ -133,9 +137,11 @@ routes_file = "{folder}/routes.json"\nupstream_proxy = "http://127.0.0.1:{proxy_
     async def start(self) -> None:
         """Bring everything up. Raises DemoFailed."""
         await self.start_process("broker")
-        await self._wait_port("broker", self.broker_port)
+        await self._wait_for("broker", "127.0.0.1", self.broker_port)
+        await self.start_process("signer")
         await self.start_process("coordinator")
-        await self._wait_port("coordinator", int(self.url.rpartition(":")[2]))
+        await self._wait_for("signer", path=self.folder / "signer" / "signer.sock")
+        await self._wait_for("coordinator", "127.0.0.1", int(self.url.rpartition(":")[2]))
         self.token = (self.folder / "coordinator" / "operator.token").read_text().strip()
         descriptor = os.open(self.env, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -156,7 +162,8 @@ routes_file = "{folder}/routes.json"\nupstream_proxy = "http://127.0.0.1:{proxy_
                 start_new_session=True,
             )
 
-    async def _wait_port(self, name: str, port: int) -> None:
+    async def _wait_for(self, name: str, host: str = "", port: int = 0, *, path: Path | None = None) -> None:
+        """Until it listens on a port, or on a Unix socket. Raises DemoFailed."""
         log = self.logs / f"{name}.log"
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -164,14 +171,14 @@ routes_file = "{folder}/routes.json"\nupstream_proxy = "http://127.0.0.1:{proxy_
                 last = (log.read_text(errors="replace").strip().splitlines() or ["without a word"])[-1]
                 raise DemoFailed(f"{name} ended at once: {last[:300]} (see {log})")
             with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                _, writer = await (asyncio.open_unix_connection(str(path)) if path else asyncio.open_connection(host, port))
                 writer.close()
                 return
             await asyncio.sleep(0.05)
-        raise DemoFailed(f"{name} does not listen on port {port} after {START_TIMEOUT_S:.0f} s: see {log}")
+        raise DemoFailed(f"{name} does not listen on {path or port} after {START_TIMEOUT_S:.0f} s: see {log}")
 
     def names(self) -> list[str]:
-        """Every program's name: broker, coordinator, BOX.agent, BOX.warden, BOX.gateway."""
+        """Every program's name: broker, signer, coordinator, BOX.agent, BOX.warden, BOX.gateway."""
         return list(self._commands)
 
     def pid(self, name: str) -> int:
@@ -192,7 +199,7 @@ routes_file = "{folder}/routes.json"\nupstream_proxy = "http://127.0.0.1:{proxy_
     async def stop(self) -> list[str]:
         """End everything, sandboxes included; returns what would not end by itself."""
         stubborn = []
-        for kind in (".agent", ".gateway", ".warden", "coordinator", "broker"):
+        for kind in (".agent", ".gateway", ".warden", "coordinator", "signer", "broker"):
             group = {name: process for name, process in self._processes.items() if name.endswith(kind) and process.returncode is None}
             for process in group.values():
                 with contextlib.suppress(ProcessLookupError):

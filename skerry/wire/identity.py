@@ -129,7 +129,8 @@ class EnrollRequest(msgspec.Struct, frozen=True):
 class Enrolled(msgspec.Struct, frozen=True):
     """What a box needs from now on. ``certificate`` is its own and the one that it was issued with, ``root`` what to trust, all PEM.
 
-    ``desired_keys`` are the lines of the warden's file of trusted keys; ``token`` fetches models.
+    ``desired_keys`` are the lines of the warden's file of trusted keys, ``since_ms`` the moment before which nothing was signed for it;
+    ``token`` fetches models.
     """
 
     fleet: str
@@ -139,6 +140,12 @@ class Enrolled(msgspec.Struct, frozen=True):
     token: str
     desired_keys: list[str]
     labels: dict[str, str] = {}
+    since_ms: int = 0
+
+    @property
+    def trusted_lines(self) -> str:
+        """The warden's file of trusted keys."""
+        return "".join(f"{line}\n" for line in [*self.desired_keys, *([f"since={self.since_ms}"] if self.since_ms else [])])
 
 
 class RenewRequest(msgspec.Struct, frozen=True):

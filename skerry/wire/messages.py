@@ -173,6 +173,10 @@ class Desired(msgspec.Struct, frozen=True):
     """Boxes that were thrown out, as far as this one could hear of them: its gateway answers theirs no more."""
     signatures: dict[str, Bundle] = {}
     """By ``NAME/VERSION``, who vouches for the models of ``replicas``; the warden judges it (skerry/wire/model_signature.py)."""
+    expires_at_ms: Moment = 0
+    """From when on no box takes it any more that does not hold it already; 0 for never. What is held is acted on for ever."""
+    retired_keys: list[str] = []
+    """Ids of signing keys that are the fleet's no more."""
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):

@@ -75,7 +75,7 @@ def evil(world) -> str:
 
 def order(world: World, document: Desired) -> None:
     """Have the broker deliver a document that the coordinator's own key signed."""
-    signing_key = load_pem_private_key((world.fleet.folder / "coordinator" / "signing.pem").read_bytes(), password=None)
+    signing_key = load_pem_private_key((world.fleet.folder / "signer" / "signing.pem").read_bytes(), password=None)
     envelope = signing.sign(document, signing_key, context=signing.DESIRED_CONTEXT)
 
     async def send() -> None:

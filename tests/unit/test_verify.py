@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_agent.warden.trust import Trust
 from edge_agent.warden.verify import Refused, judge
 from skerry.wire import signing
 from skerry.wire.messages import Desired, ModelRef, ReplicaSpec
@@ -30,7 +31,12 @@ def judged(
     document: Desired, *, key: Ed25519PrivateKey = KEY, held: Desired | None = None, context: bytes = signing.DESIRED_CONTEXT
 ) -> Desired:
     envelope = signing.sign(document, key, context=context)
-    return judge(envelope, trusted=[NEXT_KEY.public_key(), KEY.public_key()], fleet="f", node="n", held=held)
+    return judged_bytes(envelope, NEXT_KEY, KEY, held=held)
+
+
+def judged_bytes(envelope: bytes, *trusted: Ed25519PrivateKey, held: Desired | None = None) -> Desired:
+    trust = Trust([signing.public_key_line(key.public_key()) for key in trusted])
+    return judge(envelope, trust=trust, fleet="f", node="n", held=held)[0]
 
 
 def test_a_document_for_this_box_is_taken_as_it_was_signed():
@@ -80,13 +86,13 @@ def test_a_stranger_and_another_purpose_are_refused():
 
 def test_a_box_with_no_key_believes_nobody():
     with pytest.raises(Refused, match="not trusted"):
-        judge(signing.sign(doc(), KEY, context=signing.DESIRED_CONTEXT), trusted=[], fleet="f", node="n", held=None)
+        judged_bytes(signing.sign(doc(), KEY, context=signing.DESIRED_CONTEXT))
 
 
 def test_the_signed_document_of_one_kind_with_the_fields_of_another_is_refused():
     envelope = signing.sign({"fleet": "f", "node": "n", "generation": "5"}, KEY, context=signing.DESIRED_CONTEXT)
     with pytest.raises(Refused, match="generation"):
-        judge(envelope, trusted=[KEY.public_key()], fleet="f", node="n", held=None)
+        judged_bytes(envelope, KEY)
 
 
 @given(st.one_of(st.binary(max_size=60), st.tuples(st.integers(0, 400), st.integers(1, 255))))
@@ -98,7 +104,7 @@ def test_bytes_from_the_network_are_refused_in_one_way_and_never_believed_to_say
     else:
         envelope[damage[0] % len(envelope)] ^= damage[1]
     with contextlib.suppress(Refused):
-        assert judge(bytes(envelope), trusted=[KEY.public_key()], fleet="f", node="n", held=None) == doc(5, replica())
+        assert judged_bytes(bytes(envelope), KEY) == doc(5, replica())
 
 
 @given(st.permutations([doc(generation, *replicas) for generation, replicas in itertools.product((1, 2, 3), ((), (replica(),)))]))
@@ -120,4 +126,4 @@ def test_however_documents_are_repeated_and_reordered_the_generation_never_falls
 def test_fields_of_a_newer_coordinator_are_passed_over():
     payload = msgspec.json.decode(msgspec.json.encode(doc()))
     envelope = signing.sign({**payload, "newer": [1]}, KEY, context=signing.DESIRED_CONTEXT)
-    assert judge(envelope, trusted=[KEY.public_key()], fleet="f", node="n", held=None) == doc()
+    assert judged_bytes(envelope, KEY) == doc()

@@ -25,6 +25,7 @@ from coordinator.ca.authority import DAY_MS, Authority
 from skerry.demo.broker import find_mosquitto
 from skerry.demo.fleet import free_ports
 from skerry.runtime import keys
+from skerry.wire import signing
 from skerry.wire.identity import Subject, subject_of
 from tests.conftest import need
 from tests.e2e.world import wait_until
@@ -208,7 +209,9 @@ def test_a_box_joins_with_a_claim_and_a_fingerprint_and_is_online_by_its_certifi
     root = x509.load_pem_x509_certificate((box.folder / "id" / "ca.crt").read_bytes())
     assert hashlib.sha256(root.public_bytes(Encoding.DER)).hexdigest() == fleet.ask("GET", "/v1/ca", role=None)[1]["fingerprint"]
     assert (box.folder / "id" / "box.key").stat().st_mode & 0o777 == 0o600
-    assert (box.folder / "trusted.keys").read_text() == (fleet.state / "signing.pub").read_text()
+    lines = (box.folder / "trusted.keys").read_text().splitlines()
+    assert lines[0] == (fleet.state / "signing.pub").read_text().strip()
+    assert abs(signing.parse_trusted("\n".join(lines))[1] - time.time() * 1000) < 60_000, "and the moment from which on it takes documents"
     key = (box.folder / "id" / "box.key").read_bytes().splitlines()[1]
     assert not [path for path in fleet.state.rglob("*") if path.is_file() and key in path.read_bytes()], "the key left the box"
 

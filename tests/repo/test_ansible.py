@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.properties import Properties
 
 from coordinator.config import Config as CoordinatorConfig
+from coordinator.signer.config import Config as SignerConfig
 from edge_agent.gateway.config import Config as GatewayConfig
 from edge_agent.link.config import Config as AgentConfig
 from edge_agent.warden.config import Config as WardenConfig
@@ -61,7 +62,7 @@ RENDER = """
 
 TEMPLATES = [
     *(f"edge_agent/templates/{name}.toml.j2" for name in ("agent", "warden", "gateway")),
-    "coordinator/templates/coordinator.toml.j2",
+    *(f"coordinator/templates/{name}.toml.j2" for name in ("coordinator", "signer")),
     *(f"broker/templates/{name}.j2" for name in ("mosquitto.conf", "acl", "override.conf")),
 ]
 
@@ -194,7 +195,14 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("agent", AgentConfig), ("warden", WardenConfig), ("gateway", GatewayConfig), ("coordinator", CoordinatorConfig)]
+    ("name", "kind"),
+    [
+        ("agent", AgentConfig),
+        ("warden", WardenConfig),
+        ("gateway", GatewayConfig),
+        ("coordinator", CoordinatorConfig),
+        ("signer", SignerConfig),
+    ],
 )
 def test_a_program_takes_its_rendered_settings(rendered, name, kind):
     loaded = settings.load(rendered / f"{name}.toml", kind)
@@ -244,7 +252,7 @@ def test_settings_and_units_name_the_same_files(rendered):
 def test_a_rollback_knows_every_file_that_an_installation_writes():
     for role in ("edge_agent", "coordinator"):
         listed = {entry["path"] for entry in yaml.safe_load((ANSIBLE / f"roles/{role}/vars/main.yml").read_text())[f"{role}_files"]}
-        for unit in ("coordinator",) if role == "coordinator" else ("agent", "warden", "gateway"):
+        for unit in ("coordinator", "signer") if role == "coordinator" else ("agent", "warden", "gateway"):
             assert f"/etc/skerry/{unit}.toml" in listed
             assert f"/etc/systemd/system/skerry-{unit}.service" in listed
             for drop_in in (SYSTEMD / f"skerry-{unit}.service.d").glob("*.conf"):

@@ -18,6 +18,7 @@ from coordinator.api import accounts, enrolment
 from coordinator.api.calls import CALLS
 from coordinator.config import Config as CoordinatorConfig
 from coordinator.core import deployment
+from coordinator.signer.config import Config as SignerConfig
 from edge_agent.gateway.config import Config as GatewayConfig
 from edge_agent.gateway.config import Peers, Tls
 from edge_agent.link.config import Config as AgentConfig
@@ -38,6 +39,7 @@ SETTINGS = {
     "Gateway's TLS": Tls,
     "Gateway's peers": Peers,
     "Coordinator": CoordinatorConfig,
+    "Signer": SignerConfig,
     "Broker": Broker,
 }
 EVENT_CALLS = {"say": 0, "_say": 0, "say_event": 0, "add": 0, "add_event": 0, "add_routed": 0, "add_own_event": 2}
@@ -139,7 +141,7 @@ def test_every_settings_file_and_table_of_settings_has_its_section():
         for field in msgspec.structs.fields(kind)
         if type_words(field.type) == "table"
     }
-    files = [*ROOT.glob("edge_agent/*/config.py"), *ROOT.glob("coordinator/config.py")]
+    files = [*ROOT.glob("edge_agent/*/config.py"), *ROOT.glob("coordinator/config.py"), *ROOT.glob("coordinator/*/config.py")]
     defined = {f"{path.relative_to(ROOT).with_suffix('')}".replace("/", ".") for path in files}
     assert nested <= set(SETTINGS.values())
     assert defined == {kind.__module__ for kind in SETTINGS.values()} - {Broker.__module__}

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import need
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
-PROGRAMS = ("agent", "warden", "gateway", "coordinator")
+PROGRAMS = ("agent", "warden", "gateway", "coordinator", "signer")
 STOPS_WITHIN_S = 10
 
 # Exposure as systemd 252 counts it, times ten: the highest that passes. `0` is best, a unit with nothing but ExecStart= has 96.
@@ -23,6 +23,7 @@ EXPOSURE = [
     ("gateway", [], 11),
     ("coordinator", [], 11),
     ("coordinator", ["broker-tls"], 11),
+    ("signer", [], 9),
     ("warden", [], 21),
     ("warden", ["docker"], 21),
     ("warden", ["docker", "nvidia"], 23),
@@ -74,8 +75,8 @@ def root(tmp_path: Path) -> Path:
         (units / f"{target}.target").write_text("[Unit]\nDescription=stub\n")
     for unit in ("system.slice", "-.slice", "dbus.socket"):
         (units / unit).write_text("[Unit]\nDescription=stub\n" + ("[Socket]\nListenStream=/run/dbus\n" if unit.endswith("socket") else ""))
-    for program in PROGRAMS:
-        stub = tmp_path / f"opt/skerry/current/bin/skerry-{program}"
+    for path in ("bin/kill", *(f"opt/skerry/current/bin/skerry-{program}" for program in PROGRAMS)):
+        stub = tmp_path / path
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text("#!/bin/sh\n")
         stub.chmod(0o755)
@@ -143,7 +144,18 @@ def test_the_warden_has_no_network():
     assert set(warden["RestrictAddressFamilies"][-1].split()) <= {"AF_UNIX", "AF_NETLINK"}
 
 
-@pytest.mark.parametrize("program", ["agent", "gateway", "coordinator"])
+def test_the_signer_has_no_network_and_its_key_is_out_of_the_coordinators_reach():
+    signer, coordinator = settings_of("signer"), settings_of("coordinator")
+    assert signer["PrivateNetwork"] == ["yes"]
+    assert signer["RestrictAddressFamilies"] == ["AF_UNIX"]
+    assert signer["StateDirectoryMode"] == ["0700"]
+    assert signer["User"] != coordinator["User"]
+    assert "-/var/lib/skerry/signer" in coordinator["InaccessiblePaths"][-1].split()
+    meeting_place = next(line for line in (SYSTEMD / "skerry.tmpfiles.conf").read_text().splitlines() if "/run/skerry/signer" in line)
+    assert meeting_place.split()[2:5] == ["2750", "skerry-signer", "skerry-coordinator"]
+
+
+@pytest.mark.parametrize("program", ["agent", "gateway", "coordinator", "signer"])
 def test_who_faces_the_network_holds_no_container_engine(program):
     folder = SYSTEMD / f"skerry-{program}.service.d"
     unit = settings_of(program, *(path.stem for path in folder.glob("*.conf")))
@@ -203,7 +215,7 @@ def test_a_program_runs_as_a_user_of_its_own_that_exists(program):
     assert unit["User"] == unit["Group"] == [f"skerry-{program}"]
     assert re.search(rf"^u\s+skerry-{program}\s", users, re.MULTILINE)
     joined = re.search(rf"^m\s+skerry-{program}\s+skerry$", users, re.MULTILINE) is not None
-    assert joined == ("skerry" in unit["SupplementaryGroups"]) == (program != "coordinator")
+    assert joined == ("skerry" in unit["SupplementaryGroups"]) == (program in ("agent", "warden", "gateway"))
 
 
 def test_users_and_folders_are_made_as_described(tmp_path):

@@ -4,12 +4,10 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 
-from skerry.runtime import log
+from skerry.runtime import refusals
 from skerry.wire import codec
 from skerry.wire.logs import fitting
 from skerry.wire.messages import LogsReply, LogsRequest
-
-logger = log.get("coordinator.commands")
 
 MOST_WAITING = 32
 TIMEOUT_S = 10.0
@@ -53,12 +51,12 @@ class Commands:
         """Take a reply of ``node``; one that nobody waits for, that another box was asked for, or that is none, changes nothing."""
         asked, answer = self._waiting.get(correlation, ("", None))
         if answer is None or answer.done():
-            logger.info("reply.unasked", node=node)
+            refusals.count("reply.unasked", "nobody waits for it", node=node)
             return
         if asked != node:
-            logger.warning("reply.foreign", node=node, asked=asked)
+            refusals.count("reply.foreign", f"{asked} was asked", node=node)
             return
         try:
             answer.set_result(fitting(codec.decode(payload, LogsReply)))
         except codec.Malformed as exc:
-            logger.warning("reply.malformed", node=node, reason=str(exc)[:300])
+            refusals.count("reply.malformed", str(exc), node=node)

@@ -16,7 +16,7 @@ from coordinator.registry import events, measurements, nodes
 from coordinator.registry.database import Database, RegistryFailed
 from coordinator.registry.measurements import BoxLoad, Served
 from coordinator.session import Message, NotConnected
-from skerry.runtime import lifecycle, log
+from skerry.runtime import lifecycle, log, refusals
 from skerry.wire import codec
 from skerry.wire.messages import Ack, Birth, EventBatch, MetricsBatch, Presence, Reported, Sample
 from skerry.wire.topics import Topic
@@ -142,7 +142,7 @@ class Ingest:
             if isinstance(message, Birth | Reported) and len(codec.encode(message)) > MOST_STORED_BYTES:
                 raise codec.Malformed(f"{topic.branch}: more than {MOST_STORED_BYTES} bytes with its defaults written out")
         except codec.Malformed as exc:
-            logger.warning("message.malformed", node=topic.node, branch=topic.branch, reason=str(exc)[:300])
+            refusals.count("message.malformed", str(exc), node=topic.node, branch=topic.branch)
             return None
         self._live.hear(topic.node)
         return topic.node, message

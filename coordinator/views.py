@@ -13,6 +13,7 @@ from coordinator.registry.deployments import Stored
 from coordinator.registry.nodes import Node
 from coordinator.vouching import Vouching
 from skerry import __version__
+from skerry.runtime import refusals
 from skerry.wire import latency
 from skerry.wire.api import (
     DeploymentView,
@@ -232,6 +233,7 @@ class Views:
             events_lost=sum(s.lost for s in streams if s.stream == "events"),
             samples_missing=sum(s.missing for s in streams if s.stream == "samples"),
             samples_lost=sum(s.lost for s in streams if s.stream == "samples"),
+            refused=refusals.totals(),
         )
 
 

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from coordinator.signer.config import Config
 from coordinator.signer.keyring import Keyring, KeyUnusable
-from skerry.runtime import lifecycle, log, sdnotify, settings
+from skerry.runtime import lifecycle, log, refusals, sdnotify, settings
 from skerry.wire import codec
 from skerry.wire.messages import Desired
 from skerry.wire.signer import Keys
@@ -63,7 +63,7 @@ class Service:
 
     @staticmethod
     def _refusal(reason: str) -> web.Response:
-        logger.warning("refused", reason=reason[:300])
+        refusals.count("document.refused", reason)
         return web.Response(status=422, text=reason[:1000])
 
 

@@ -20,6 +20,7 @@ from edge_agent.gateway.http_message import Head, Memory, Peer, Response
 from edge_agent.gateway.regions import Regions, uid_of_loopback_peer
 from edge_agent.gateway.service import Answer, Arrival, Failed, Refused, Rejected, Served, Service, Unknown
 from edge_agent.gateway.upstream import FORWARDED, TIMEOUT
+from skerry.runtime import refusals
 from skerry.wire import codec, oip
 from skerry.wire.oip import Bytes
 
@@ -128,6 +129,8 @@ class Api:
                 return await self._infer(head, body, memory)
             return await self._other(head, body)
         except (oip.BadRequest, Rejected, Unknown, NotFound, NotAllowed, NotKnown, Interrupted, TooLarge, Refused, Failed) as exc:
+            if isinstance(exc, oip.BadRequest):
+                refusals.count("request.malformed", str(exc))
             return error_response(exc)
         finally:
             if memory is not None:

@@ -16,6 +16,7 @@ import msgspec
 from edge_agent.gateway.dispatch import Interrupted
 from edge_agent.gateway.facts import NotKnown
 from edge_agent.gateway.service import Answer, Arrival, Failed, Refused, Rejected, Served, Service, Unknown
+from skerry.runtime import refusals
 from skerry.wire import grpc_codec, oip
 from skerry.wire.grpc_messages import SERVICE
 
@@ -269,6 +270,8 @@ def _failing_by_status(call: Call) -> Call:
         try:
             return await call(body, context)
         except ERRORS as exc:
+            if isinstance(exc, oip.BadRequest):
+                refusals.count("request.malformed", str(exc))
             await context.abort(_status_of(exc), _details(str(exc)), _headers_of(exc))
             raise
 

@@ -15,6 +15,7 @@ import httptools
 import msgspec
 
 from edge_agent.gateway.http_message import Application, Head, Memory, Peer, PrivateMemory, Response, peer_of
+from skerry.runtime import refusals
 from skerry.wire.oip import Bytes
 
 SMALL_BYTES = 64 * 1024
@@ -471,6 +472,7 @@ class Connection(asyncio.BufferedProtocol):
     def _give_up(self, status: int, message: str) -> None:
         """Answer what can't be understood, and close: where the next request begins is not known."""
         self._keep_alive = False
+        refusals.count("http.malformed", message)
         self._respond(self._server.application.refusal(status, message), unread=-1)
 
     def _write(self, parts: list[Bytes], release: Callable[[], None] | None = None) -> None:

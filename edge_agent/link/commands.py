@@ -4,12 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from skerry.runtime import log
+from skerry.runtime import refusals
 from skerry.wire import codec
 from skerry.wire.logs import BUSY, MAX_POSITION, MAX_REPLICA, UNKNOWN_REPLICA, fitting
 from skerry.wire.messages import LogsReply, LogsRequest
-
-logger = log.get("agent.commands")
 
 MOST_AT_A_TIME = 4
 MOST_REFUSALS = 16
@@ -43,15 +41,15 @@ class Commands:
     def hear(self, verb: str, correlation: bytes, payload: bytes) -> None:
         """Take a command; returns at once."""
         if verb != "logs":
-            logger.info("command.unknown", verb=verb)
+            refusals.count("command.unknown", verb)
         elif self._tasks is None:
-            logger.info("command.dropped", verb=verb, reason="the agent is starting or stopping")
+            refusals.count("command.dropped", "the agent is starting or stopping", verb=verb)
         elif len(self._answering) < MOST_AT_A_TIME:
             _start(self._tasks, self._answer(correlation, payload), self._answering)
         elif len(self._refusing) < MOST_REFUSALS:
             _start(self._tasks, self._refuse(correlation), self._refusing)
         else:
-            logger.warning("command.dropped", verb=verb, reason="too many commands")
+            refusals.count("command.dropped", "too many commands", verb=verb)
 
     async def _refuse(self, correlation: bytes) -> None:
         await self._reply(correlation, LogsReply(error=BUSY))
@@ -63,7 +61,7 @@ class Commands:
         try:
             request = codec.decode(payload, LogsRequest)
         except codec.Malformed as exc:
-            logger.warning("command.malformed", verb="logs", reason=str(exc)[:300])
+            refusals.count("command.malformed", str(exc), verb="logs")
             return LogsReply(error=f"this box does not understand the request: {exc}")
         if len(request.replica) > MAX_REPLICA:
             return LogsReply(error=UNKNOWN_REPLICA)

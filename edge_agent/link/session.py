@@ -12,7 +12,7 @@ import aiomqtt
 import msgspec
 
 from edge_agent.link.outbox import Outbox, OutboxFailed
-from skerry.runtime import backoff, lifecycle, log, mqtt
+from skerry.runtime import backoff, lifecycle, log, mqtt, refusals
 from skerry.runtime.settings import Broker
 from skerry.wire import codec, topics
 from skerry.wire.box import GatewayTotals
@@ -227,7 +227,8 @@ class Session:
         """Answers go to the box's own branch and nowhere else: whoever may send commands can't make the box publish elsewhere."""
         response_topic, correlation = mqtt.response_topic_of(message), mqtt.correlation_of(message)
         if response_topic != topics.up(self._fleet, self._node, "reply") or not 0 < len(correlation) <= MAX_CORRELATION_BYTES:
-            logger.warning("command.unanswerable", verb=verb, response_topic=response_topic[:200], correlation_bytes=len(correlation))
+            said = f"answer to {response_topic[:200]!r}, correlation of {len(correlation)} bytes"
+            refusals.count("command.unanswerable", said, verb=verb)
             return
         self._on_command(verb, correlation, payload)
 
@@ -235,7 +236,7 @@ class Session:
         try:
             ack = codec.decode(payload, Ack)
         except codec.Malformed as exc:
-            logger.warning("ack.malformed", reason=str(exc))
+            refusals.count("ack.malformed", str(exc))
             return
         self._outbox.confirm_events(ack.epoch, ack.events_seq)
         if not self._is_heard:

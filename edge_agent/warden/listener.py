@@ -8,13 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from skerry.runtime import lifecycle, log
+from skerry.runtime import lifecycle, refusals
 from skerry.wire import codec
 from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, LogsRead, ReadLogs, State, Taken
 from skerry.wire.logs import BUSY, fitting
 from skerry.wire.messages import LogsReply, LogsRequest
-
-logger = log.get("warden.listener")
 
 MAX_CONNECTIONS = 8
 SEND_TIMEOUT_S = 10.0
@@ -98,7 +96,7 @@ class Listener:
                 else:
                     await self._hear(message, cursor)
         except (codec.Malformed, ValueError) as exc:  # ValueError: a line over the limit
-            logger.warning("agent.malformed", reason=str(exc)[:300])
+            refusals.count("agent.malformed", str(exc))
         except OSError:
             pass  # the agent went away
         finally:

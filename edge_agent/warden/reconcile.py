@@ -6,6 +6,7 @@ seen (drivers, slots) ---+
 """
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -23,7 +24,7 @@ from edge_agent.warden.roster import Known, Roster
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
 from edge_agent.warden.warm import WarmPool
-from skerry.runtime import durable, lifecycle, log
+from skerry.runtime import durable, lifecycle, log, refusals
 from skerry.wire import codec
 from skerry.wire.box import RouteTable, State
 from skerry.wire.logs import UNKNOWN_REPLICA
@@ -37,6 +38,7 @@ SOCKET_POLL_S = 0.001
 STOP_GRACE_S = 3.0
 REMOVE_AGAIN_S = 5.0
 IDLE_POLL_S = 10.0
+REFUSED_EVERY_S = 5.0
 
 
 class Reconciler:
@@ -66,6 +68,7 @@ class Reconciler:
         self._judge_models = unvouched
         self._unvouched = unvouched(desired)
         self.refused = ""
+        self._refused_at = -math.inf
         self._roster = Roster(config, slots, journal)
         self._known = self._roster.known
         self._say = self._roster.say
@@ -103,7 +106,10 @@ class Reconciler:
 
     def refuse(self, reason: str) -> None:
         """Note a document that changes nothing."""
-        if reason != self.refused:
+        refusals.count("desired.refused", reason)
+        now = time.monotonic()
+        if reason != self.refused and now - self._refused_at >= REFUSED_EVERY_S:  # whoever sends lies must not write the journal
+            self._refused_at = now
             self._say("desired.refused", "", reason)
         self.refused = reason
         self.wake()

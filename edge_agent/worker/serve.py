@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Worker:
 
     def __init__(self, session: Session, *, confinement: str = "") -> None:
         self.calls = Calls(session)
+        self.refused = 0
         self.hello = ipc.Hello(
             session.inputs,
             session.outputs,
@@ -33,6 +35,12 @@ class Worker:
             batches=session.batches,
             state=session.state,
         )
+
+    def refuse(self, why: codec.Malformed) -> None:
+        """Count who does not speak our protocol, and say so now and then: the log is bounded, and others want room in it."""
+        self.refused += 1
+        if self.refused & (self.refused - 1) == 0:
+            sys.stderr.write(f"frame.malformed count={self.refused} {str(why)[:200]}\n")
 
     def attach(self, header: memoryview, body: memoryview, descriptors: list[int]) -> Memory:
         """The memory that a connection's first frame came with. Raises codec.Malformed; where it is this kernel that does not map it, the
@@ -75,8 +83,10 @@ def serve_connection(connection: socket.socket, worker: Worker, slots: threading
             while frame is not None:
                 send(connection, *worker.calls.answer(*frame, memory, by=reader))
                 frame = reader.frame()
-    except (OSError, codec.Malformed, MemoryError):
-        return  # the peer went away or does not speak our protocol; its connection alone ends
+    except codec.Malformed as exc:
+        worker.refuse(exc)  # its connection alone ends
+    except (OSError, MemoryError):
+        return  # the peer went away
     finally:
         if memory is not None:
             memory.close()

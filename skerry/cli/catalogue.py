@@ -86,7 +86,7 @@ def fetch(source: Source, target: Path) -> Path:
         archive = _download(source, Path(scratch))
         staging = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
-            _extract(archive, source, staging)
+            extract(archive, source, staging)
             staging.rename(target)
         finally:
             staging.unlink(missing_ok=True)
@@ -115,7 +115,7 @@ def _download(source: Source, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _extract(archive: Path, source: Source, staging: Path) -> None:
+def extract(archive: Path, source: Source, staging: Path) -> None:
     """Copy one member, at most as long as announced, and compare its digest."""
     digest, size = hashlib.sha256(), 0
     try:

@@ -241,6 +241,8 @@ class StatusView(msgspec.Struct, frozen=True):
     events_lost: int
     samples_missing: int
     samples_lost: int
+    refused: dict[str, int] = {}
+    """Messages and documents that this coordinator refused since it started, by reason."""
 
 
 class LoginLink(msgspec.Struct, frozen=True):

@@ -152,11 +152,14 @@ def test_what_a_trusted_key_signed_for_another_purpose_vouches_for_no_model(fiel
     assert "none of the keys" not in said, "the signature holds: it is the statement that is refused"
 
 
+SIGNED = signed()
+
+
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_bundle_of_which_anything_was_changed_vouches_for_nothing(data):
     """Whatever is cut, put in or replaced in the file: it is malformed, refused, or says the very same."""
-    text = codec.encode(signed())
+    text = codec.encode(SIGNED)
     at = data.draw(st.integers(0, len(text) - 1))
     cut = data.draw(st.integers(0, min(4, len(text) - at)))
     changed = text[:at] + data.draw(st.binary(max_size=4)) + text[at + cut :]
@@ -165,8 +168,7 @@ def test_a_bundle_of_which_anything_was_changed_vouches_for_nothing(data):
     except codec.Malformed:
         return
     if refusal(bundle) == "":
-        assert payload_of(bundle) == payload_of(signed())
-        assert bundle.dsse_envelope.payload == signed().dsse_envelope.payload
+        assert bundle.dsse_envelope.payload == SIGNED.dsse_envelope.payload
 
 
 @given(st.binary(max_size=400))

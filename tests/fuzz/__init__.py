@@ -1,0 +1,1 @@
+"""Every decoder that meets bytes from outside, under bytes that nobody meant."""

@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 DIR ?= .demo
 SECONDS ?= 0
 DEMO_OPTIONS ?=
+FUZZ_SECONDS ?= 20
+FUZZ_ONLY ?=
 
 # What pip says, as one line a package.
 SHOW := sed -u -n -E 's/^ *Collecting ([A-Za-z0-9._-]+).*/  fetching \1/p; s/^(Installing collected packages).*/  installing/p; /^ERROR/p'
 
-.PHONY: help demo setup check fix test lock schema clean
+.PHONY: help demo setup check fix test lock fuzz schema clean
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -55,9 +57,17 @@ lock: ## resolve the requirements again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group worker -c requirements/demo.txt -o skerry/image/worker.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group worker-cuda -c requirements/demo.txt -o skerry/image/worker-cuda.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group mlserver -o requirements/mlserver.txt
+	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group fuzz -o requirements/fuzz.txt
+
+fuzz: $(VENV)/.fuzz-installed ## every decoder under a fuzzer that is guided by coverage; FUZZ_SECONDS=60 for each, FUZZ_ONLY="gRPC"
+	@$(BIN)/python -m tests.fuzz.atheris_run --seconds "$(FUZZ_SECONDS)" --only "$(FUZZ_ONLY)"
+
+$(VENV)/.fuzz-installed: requirements/fuzz.txt | setup
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/fuzz.txt
+	@touch $@
 
 schema: setup ## write skerry/wire/schema.json again, after SCHEMA_VERSION was raised
 	$(BIN)/python -m skerry.wire.schema > skerry/wire/schema.json.new && mv skerry/wire/schema.json.new skerry/wire/schema.json
 
 clean: ## remove everything made here
-	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz *.egg-info

@@ -25,22 +25,20 @@ from skerry.wire.accounts import (
 from skerry.wire.api import LoginLink
 from skerry.wire.audit import AuditPage
 
-JSON = "application/json"
-
 CALLS = [
     Call("GET", "/v1/me", "show_me", "Who the caller is and what it may do", WhoView),
-    Call("POST", "/v1/login", "log_in", "A token for a name and a password", TokenMade, 201, body=JSON, is_open=True),
+    Call("POST", "/v1/login", "log_in", "A token for a name and a password", TokenMade, 201, body=PasswordRequest, is_open=True),
     Call("POST", "/v1/login-links", "make_login_link", "A link that logs one browser of yours in, once", LoginLink, 201),
     Call("GET", "/v1/users", "list_users", "Every user", list[UserView], role="admin"),
     Call(
         "POST", "/v1/users", "invite", "Let somebody in: a link with which they set a password, once", Invited, 201,
-        role="admin", body=JSON,
+        role="admin", body=UserRequest,
     ),
     Call("POST", "/v1/users/{name}/invitation", "invite_again", "A new link for somebody who lost theirs", Invited, 201, role="admin"),
-    Call("PUT", "/v1/users/{name}/role", "set_role", "What somebody may do from now on", str, 204, role="admin", body=JSON),
+    Call("PUT", "/v1/users/{name}/role", "set_role", "What somebody may do from now on", str, 204, role="admin", body=RoleRequest),
     Call("DELETE", "/v1/users/{name}", "remove_user", "Remove a user with all sessions and tokens", str, 204, role="admin"),
     Call("GET", "/v1/tokens", "list_tokens", "Your tokens; an admin sees everybody's", list[TokenView]),
-    Call("POST", "/v1/tokens", "make_token", "A token that may do at most what you may, told once", TokenMade, 201, body=JSON),
+    Call("POST", "/v1/tokens", "make_token", "A token that may do at most what you may, told once", TokenMade, 201, body=TokenRequest),
     Call("DELETE", "/v1/tokens/{id}", "withdraw_token", "A token is good for nothing from now on", str, 204),
     Call(
         "GET", "/v1/audit", "list_audit", "Who changed what: the newest first, or in order behind a number", AuditPage, role="operator",

@@ -62,7 +62,8 @@ class Call(msgspec.Struct, frozen=True):
     """Who may: users with this role, or one above it."""
     boxes: bool = False
     """Whether boxes may as well."""
-    body: str = ""
+    body: Any = ""
+    """A media type, or the kind of a JSON body."""
     query: dict[str, str] = {}
     is_open: bool = False
     """Without a login: whoever asks proves itself in the body, or is told nothing that a stranger may not know."""
@@ -88,7 +89,7 @@ CALLS = [
     ),
     Call(
         "PUT", "/v1/models/{name}/versions/{version}/signature", "sign_model", "Say who vouches for a version: an OpenSSF model signature",
-        Signed, role="operator", body="application/json",
+        Signed, role="operator", body=Bundle,
     ),
     Call("GET", "/v1/artifacts/{sha256}", "fetch_artifact", "A model's bytes; ranges are served", bytes, role="operator", boxes=True),
     Call("GET", "/v1/deployments", "list_deployments", "Every deployment", list[DeploymentView]),

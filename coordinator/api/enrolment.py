@@ -20,8 +20,6 @@ from skerry.wire.identity import (
     RootView,
 )
 
-JSON = "application/json"
-
 CALLS = [
     Call(
         "GET",
@@ -31,13 +29,24 @@ CALLS = [
         RootView,
         is_open=True,
     ),
-    Call("POST", "/v1/enroll", "enroll", "A box joins, with a claim and a signing request", Enrolled, 201, body=JSON, is_open=True),
-    Call("POST", "/v1/renew", "renew", "A box gets a new certificate for the key of its old one", Renewed, body=JSON, is_open=True),
+    Call(
+        "POST", "/v1/enroll", "enroll", "A box joins, with a claim and a signing request", Enrolled, 201, body=EnrollRequest, is_open=True
+    ),
+    Call("POST", "/v1/renew", "renew", "A box gets a new certificate for the key of its old one", Renewed, body=RenewRequest, is_open=True),
     Call("GET", "/v1/claims", "list_claims", "Claims, redeemed or not", list[ClaimView], role="operator"),
-    Call("POST", "/v1/claims", "make_claim", "A claim with which one box may join, told once", ClaimMade, 201, role="operator", body=JSON),
+    Call(
+        "POST",
+        "/v1/claims",
+        "make_claim",
+        "A claim with which one box may join, told once",
+        ClaimMade,
+        201,
+        role="operator",
+        body=ClaimRequest,
+    ),
     Call("DELETE", "/v1/claims/{id}", "withdraw_claim", "Take back a claim that nobody redeemed", str, 204, role="operator"),
     Call("GET", "/v1/nodes/{id}/certificates", "list_certificates", "A box's certificates that have not ended", list[CertificateView]),
-    Call("POST", "/v1/nodes/{id}/revoke", "revoke", "Throw a box out, now", str, 204, role="operator", body=JSON),
+    Call("POST", "/v1/nodes/{id}/revoke", "revoke", "Throw a box out, now", str, 204, role="operator", body=RevokeRequest),
 ]
 
 

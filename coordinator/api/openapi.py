@@ -14,7 +14,7 @@ from skerry.wire.api import ProblemBody
 def document() -> dict[str, Any]:
     """The whole document."""
     calls = [*CALLS, *enrolment.CALLS, *accounts.CALLS]
-    kinds = [call.answer for call in calls if call.answer not in (bytes, str)]
+    kinds = [kind for call in calls for kind in (call.answer, call.body) if not isinstance(kind, str) and kind not in (bytes, str)]
     schemas, components = msgspec.json.schema_components([*kinds, ProblemBody], ref_template="#/components/schemas/{name}")
     by_kind = dict(zip([str(kind) for kind in [*kinds, ProblemBody]], schemas, strict=True))
     paths: dict[str, Any] = {}
@@ -40,12 +40,14 @@ def _operation(call: Call, by_kind: dict[str, dict[str, Any]]) -> dict[str, Any]
         "summary": call.summary,
         "parameters": parameters,
         "responses": {
-            str(call.status): {"description": "as asked", "content": {media: {"schema": schema}}},
+            str(call.status): {"description": "as asked"} | ({} if call.status == 204 else {"content": {media: {"schema": schema}}}),
             "default": {"description": "a problem", "content": {"application/json": {"schema": by_kind[str(ProblemBody)]}}},
         },
     }
     if call.is_open:
         operation["security"] = []
-    if call.body:
+    if isinstance(call.body, str) and call.body:
         operation["requestBody"] = {"required": True, "content": {call.body: {"schema": {"type": "string"}}}}
+    elif call.body:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": by_kind[str(call.body)]}}}
     return operation

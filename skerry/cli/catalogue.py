@@ -5,11 +5,14 @@ the package is installed or run, and nothing of the model is parsed.
 """
 
 import hashlib
+import lzma
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +23,8 @@ from skerry.wire.topics import is_name
 
 DOWNLOAD_TIMEOUT_S = 600
 _CHUNK_BYTES = 1 << 20
+_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error, OSError)
+"""What zipfile lets through of a damaged archive, beside its own error; fuzzing finds them."""
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -130,8 +135,8 @@ def extract(archive: Path, source: Source, staging: Path) -> None:
             os.fsync(out.fileno())
     except KeyError as exc:
         raise CatalogueError(f"{source.requirement}: source.file: the package holds no {source.file!r}") from exc
-    except (zipfile.BadZipFile, OSError) as exc:
-        raise CatalogueError(f"{source.requirement}: {exc}") from exc
+    except _BROKEN as exc:
+        raise CatalogueError(f"{source.requirement}: the package can't be read: {exc or type(exc).__name__}") from exc
     if size != source.size_bytes:
         raise CatalogueError(f"{source.requirement}: source.size_bytes: {source.size_bytes} expected, the file has {size} or more")
     if digest.hexdigest() != source.sha256:

@@ -35,9 +35,11 @@ def _say(reason: str, **more: Any) -> None:
 
 
 def _look_again(reason: str) -> None:
-    _due.discard(reason)
-    if _counted[reason] != _said[reason]:
-        _say(reason)
+    if _counted[reason] == _said[reason]:
+        _due.discard(reason)
+        return
+    _say(reason)
+    asyncio.get_running_loop().call_later(EVERY_S, _look_again, reason)
 
 
 def totals() -> dict[str, int]:

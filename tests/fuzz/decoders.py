@@ -175,7 +175,7 @@ DECODERS: list[Decoder] = [
     ),
     Decoder(
         "file of trusted keys",
-        lambda data: signing.parse_public_keys(data.decode(errors="replace")),
+        lambda data: (signing.parse_trusted(text := data.decode(errors="replace")), signing.parse_public_keys(text)),
         (ValueError,),
         [f"{signing.public_key_line(SIGNING_KEY.public_key())}\nsince=1\n".encode()],
     ),

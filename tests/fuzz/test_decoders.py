@@ -75,6 +75,14 @@ def test_a_decoder_raises_nothing_but_its_own_refusals(name):
     whatever_comes()
 
 
+def test_an_archive_with_any_one_byte_changed_is_read_or_refused():
+    decoder = by_name("model archive")
+    (whole,) = decoder.seeds
+    for at in range(len(whole)):
+        for mask in (0x01, 0x08, 0xFF):
+            run(decoder, whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
+
+
 LARGE = {
     "zeros": bytes(2**18),
     "brackets": b"[" * 2**17,

@@ -2,11 +2,35 @@
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import msgspec
 
 from skerry.runtime.settings import Broker, SettingsError, is_loopback, split_listen
 from skerry.wire.topics import Name
+
+
+class OpenIdConnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Table ``[openid_connect]``: people who log in elsewhere. A group of theirs gives the role; who has none of these is not let in."""
+
+    issuer: str
+    client_id: str
+    client_secret_file: Path | None = None
+    title: str = "single sign-on"
+    ca_file: str = ""
+    scopes: list[str] = msgspec.field(default_factory=lambda: ["openid", "profile", "email"])
+    name_claim: str = "preferred_username"
+    roles_claim: str = "groups"
+    admins: list[str] = []
+    operators: list[str] = []
+    viewers: list[str] = []
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.issuer)
+        if not (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))):
+            raise ValueError(f"issuer: {self.issuer} is not https://")
+        if not (self.admins or self.operators or self.viewers):
+            raise ValueError("admins, operators, viewers: without a group nobody is let in")
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,6 +57,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Serve HTTPS with a certificate of the fleet's own authority, for the host of ``public_url``."""
     plain_http: bool = False
     """Listen beyond this machine without TLS: passwords and tokens can then be read on the way."""
+    openid_connect: OpenIdConnect | None = None
+    """People who are known elsewhere; without it they log in by passwords alone."""
     behind_proxy: bool = False
     """Whether a proxy in front tells callers' addresses (X-Forwarded-For) and TLS (X-Forwarded-Proto); else anybody could."""
     model_keys_file: Path | None = None

@@ -11,6 +11,7 @@ from coordinator.accounts.changes import Changes
 from coordinator.accounts.directory import Directory
 from coordinator.accounts.entry import Entry
 from coordinator.accounts.passwords import Passwords
+from coordinator.accounts.provider import Provider
 from coordinator.api import accounts as account_calls
 from coordinator.api import enrolment as enrolment_calls
 from coordinator.api.access import Access
@@ -23,6 +24,7 @@ from coordinator.ca.authority import Authority, AuthorityUnusable
 from coordinator.commands import Commands
 from coordinator.config import Config
 from coordinator.console import routes as console
+from coordinator.console.entrance import CALLBACK
 from coordinator.enrolment import Enrolment
 from coordinator.eviction import Evictions
 from coordinator.housekeeping import Housekeeping
@@ -137,7 +139,15 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
     people = AccountCalls(database, changes, entry, access, public_url=config.public_url)
     app = make_app(config, calls, joining, people, access)
     console.attach(
-        app, fleet=config.fleet, views=views, database=database, access=access, entry=entry, changes=changes, status=calls.status
+        app,
+        fleet=config.fleet,
+        views=views,
+        database=database,
+        access=access,
+        entry=entry,
+        changes=changes,
+        provider=_provider(config),
+        status=calls.status,
     )
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
@@ -169,6 +179,10 @@ def own_certificates(config: Config, authority: Authority) -> None:
     if authority.issuing_ends_in_ms < OWN_CERTIFICATE_MS:
         days = authority.issuing_ends_in_ms // (24 * 3600 * 1000)
         logger.error("ca.ends_soon", days=days, hint="bring ca/root.key back and start again: a new issuing certificate is made then")
+
+
+def _provider(config: Config) -> Provider | None:
+    return Provider(config.openid_connect, f"{config.public_url.rstrip('/')}{CALLBACK}") if config.openid_connect else None
 
 
 def _tls(config: Config) -> ssl.SSLContext | None:

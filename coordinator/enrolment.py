@@ -16,6 +16,7 @@ from coordinator.registry.audit import Actor
 from coordinator.registry.database import Database
 from coordinator.signer.client import Signer
 from skerry.runtime import durable, log
+from skerry.runtime.settings import SettingsError
 from skerry.wire.identity import (
     SITE,
     CertificateView,
@@ -77,10 +78,13 @@ class Enrolment:
         self._listed_at_ms = 0
 
     async def begin(self) -> None:
-        """Read who is in, and write the list of revoked certificates."""
+        """Read who is in, and write the list of revoked certificates. Raises SettingsError where that can't be written."""
         for held in (await self._database.read(identity.read_enrolled)).values():
             self._note(held)
-        await self.write_list()
+        try:
+            await self.write_list()
+        except OSError as exc:
+            raise SettingsError(f"revoked_list_file: {self._list_file}: {exc.strerror}") from exc
 
     def is_thrown_out(self, node: str) -> bool:
         """Whether what this box says is to be passed over."""

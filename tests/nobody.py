@@ -19,13 +19,13 @@ def _drop() -> list[str]:
     return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env"] if os.geteuid() == 0 else []
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     site_packages = Path(msgspec.__file__).parents[1]
     return {"PATH": os.defpath, "PYTHONPATH": f"{ROOT}:{site_packages}", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder)}
 
 
 @functools.cache
-def _interpreter() -> tuple[str, str]:
+def interpreter() -> tuple[str, str]:
     """One that an ordinary user may run and that can load what is installed here; and what each said that may not."""
     said = []
     for python in (sys.executable, "/usr/bin/python3"):
@@ -35,7 +35,7 @@ def _interpreter() -> tuple[str, str]:
                 capture_output=True,
                 text=True,
                 check=False,
-                env=_environment(Path("/tmp")),
+                env=environment(Path("/tmp")),
                 timeout=30,
             )
         except OSError as exc:
@@ -49,7 +49,7 @@ def _interpreter() -> tuple[str, str]:
 
 def run_as_nobody(program: str, *arguments: str | Path, folder: Path, timeout_s: float = 60) -> str:
     """What ``program`` wrote to standard output; it must end well. ``folder`` becomes the ordinary user's."""
-    python, reason = _interpreter()
+    python, reason = interpreter()
     need("an interpreter for an ordinary user", reason)
     if os.geteuid() == 0:
         os.chown(folder, NOBODY, NOBODY)
@@ -61,7 +61,7 @@ def run_as_nobody(program: str, *arguments: str | Path, folder: Path, timeout_s:
         capture_output=True,
         text=True,
         check=False,
-        env=_environment(folder),
+        env=environment(folder),
         cwd="/",
         timeout=timeout_s,
     )

@@ -10,6 +10,7 @@ from coordinator.accounts import admin_link
 from coordinator.accounts.directory import Caller, Directory, now_ms
 from coordinator.accounts.entry import Entry
 from coordinator.accounts.passwords import Passwords
+from coordinator.accounts.provider import Known
 from coordinator.accounts.refusals import NotDone, NotLetIn, NotThere
 from coordinator.registry import accounts, audit
 from coordinator.registry.audit import Actor
@@ -125,6 +126,39 @@ class Changes:
         admins = [one.name for one in self._directory.users.values() if one.role == "admin" and one.password_hash]
         if admins == [user.name]:
             raise NotDone("last_admin", f"{user.name!r} is the only admin who can log in; make another one first")
+
+    async def let_in(self, known: Known, *, address: str) -> str:
+        """The cookie of a new session for somebody whom a provider vouches for, with the role that it gives them now. Raises NotLetIn.
+
+        A name that is somebody else's here stays theirs: whoever may choose a name at the provider must not become them.
+        """
+        user = next((one for one in self._directory.users.values() if one.subject == known.subject), None)
+        if user is None:
+            if known.name in self._directory.users:
+                raise NotLetIn(f"{known.name} is the name of somebody else here.")
+            if len(self._directory.users) >= MOST_USERS:
+                raise NotLetIn(f"There are {MOST_USERS} users already.")
+        at_ms = now_ms()
+        changed = accounts.User(known.name, known.role, "", at_ms, known.subject) if user is None else user
+        changed = msgspec.structs.replace(changed, role=known.role)
+        if changed != user:
+            actor, before = Actor(changed.name, "single sign-on", address), f"role {user.role}" if user else ""
+
+            def work(tables: Tables) -> None:
+                accounts.save_user(tables, changed)
+                audit.append(
+                    tables,
+                    actor,
+                    "user.role" if user else "user.known",
+                    changed.name,
+                    before=before,
+                    after=f"role {known.role}",
+                    now_ms=at_ms,
+                )
+
+            await self._database.write(work)
+            self._directory.users[changed.name] = changed
+        return await self._entry.session_for(Caller(changed.name, "admin", "single sign-on"), address=address)
 
     # -- passwords
 

@@ -8,6 +8,7 @@ from aiohttp import web
 from coordinator.accounts.changes import Changes
 from coordinator.accounts.directory import Caller
 from coordinator.accounts.entry import SESSION_S, Entry
+from coordinator.accounts.provider import PENDING_S, Provider
 from coordinator.accounts.refusals import NotDone, NotLetIn, TryLater
 from coordinator.api.access import COOKIE, CSRF_HEADER, Access, is_csrf_token
 from coordinator.api.bodies import beginning
@@ -20,6 +21,9 @@ Form = dict[str, str]
 FormHandler = Callable[[web.Request, Form], Awaitable[web.StreamResponse]]
 
 FORM_BYTES = 8192
+BROWSER_COOKIE = "skerry_login"
+CALLBACK = "/login/back"
+"""Where a provider sends browsers to: it is registered there, under ``public_url``."""
 HOME = "/"
 
 
@@ -63,8 +67,9 @@ def is_own_form(request: web.Request) -> bool:
 class Entrance:
     """The handlers of the login and welcome pages, and the checks that stand before all others."""
 
-    def __init__(self, access: Access, entry: Entry, changes: Changes) -> None:
+    def __init__(self, access: Access, entry: Entry, changes: Changes, provider: Provider | None) -> None:
         self._access = access
+        self._provider = provider
         self._entry = entry
         self._changes = changes
 
@@ -140,6 +145,37 @@ class Entrance:
         except TryLater as exc:
             return page(request, "login.html", {"after": after, "problem": _patience(exc), "name": name, "by_token": False}, status=429)
         return self._let_in(request, redirect(after), cookie)
+
+    async def elsewhere(self, request: web.Request) -> web.StreamResponse:
+        """To the provider, where people are known."""
+        if self._provider is None:
+            return missing(request, "There is no page at this address.", "Single sign-on is not set up here.")
+        try:
+            where, browser = await self._provider.begin(local_path(request.query.get("next", "")))
+        except NotLetIn as exc:
+            return self._refused(request, str(exc))
+        response = redirect(where)
+        # Lax, not Strict: the provider's page leads back here, and the cookie must come along.
+        is_tls = self._access.is_tls(request)
+        response.set_cookie(BROWSER_COOKIE, browser, max_age=PENDING_S, httponly=True, samesite="Lax", secure=is_tls, path=CALLBACK)
+        return response
+
+    async def back(self, request: web.Request) -> web.StreamResponse:
+        """Back from the provider."""
+        if self._provider is None:
+            return missing(request, "There is no page at this address.", "Single sign-on is not set up here.")
+        try:
+            known, after = await self._provider.finish(request.cookies.get(BROWSER_COOKIE, ""), dict(request.query))
+            cookie = await self._changes.let_in(known, address=self._access.address_of(request))
+        except NotLetIn as exc:
+            return self._refused(request, str(exc))
+        response = self._let_in(request, page(request, "entered.html", {"after": after}), cookie)
+        response.del_cookie(BROWSER_COOKIE, path=CALLBACK)
+        return response
+
+    @staticmethod
+    def _refused(request: web.Request, problem: str) -> web.Response:
+        return page(request, "login.html", {"after": HOME, "problem": problem, "name": "", "by_token": False}, status=403)
 
     async def welcome(self, request: web.Request) -> web.StreamResponse:
         """The page on which somebody who was invited sets a password."""

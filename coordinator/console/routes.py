@@ -6,9 +6,10 @@ from aiohttp import web
 
 from coordinator.accounts.changes import Changes
 from coordinator.accounts.entry import Entry
+from coordinator.accounts.provider import Provider
 from coordinator.api.access import Access
 from coordinator.console import assets, rendering
-from coordinator.console.entrance import Entrance
+from coordinator.console.entrance import CALLBACK, Entrance
 from coordinator.console.pages import SPANS_MIN, Pages, deployment_mark
 from coordinator.console.people import People
 from coordinator.registry.database import Database
@@ -24,17 +25,25 @@ def attach(
     access: Access,
     entry: Entry,
     changes: Changes,
+    provider: Provider | None,
     status: Callable[[web.Request], Awaitable[web.Response]],
 ) -> None:
     """Add the console to the application; ``status`` is the API's call of that name."""
-    rendering.set_up(app, access, names={"fleet": fleet, "spans": SPANS_MIN}, filters={"ready_mark": deployment_mark})
-    entrance = Entrance(access, entry, changes)
+    rendering.set_up(
+        app,
+        access,
+        names={"fleet": fleet, "spans": SPANS_MIN, "elsewhere": provider.title if provider else ""},
+        filters={"ready_mark": deployment_mark},
+    )
+    entrance = Entrance(access, entry, changes, provider)
     pages, people = Pages(views, status), People(database, changes, entrance)
     see, do = entrance.guarded, entrance.guarded_form
     app.add_routes(
         [
             web.get("/login", entrance.login, allow_head=False),
             web.post("/login", entrance.log_in),
+            web.get("/login/elsewhere", entrance.elsewhere, allow_head=False),
+            web.get(CALLBACK, entrance.back, allow_head=False),
             web.get("/welcome", entrance.welcome, allow_head=False),
             web.post("/welcome", entrance.accept),
             web.post("/logout", do(entrance.log_out)),

@@ -12,12 +12,14 @@ SESSIONS_OF_ONE = 20
 
 
 class User(msgspec.Struct, frozen=True):
-    """Somebody who may log in; ``password_hash`` is empty until the invitation was taken up."""
+    """Somebody who may log in. ``password_hash`` is empty until the invitation was taken up, ``subject`` for all who do not log in
+    elsewhere."""
 
     name: str
     role: Role
     password_hash: str
     created_at_ms: int
+    subject: str = ""
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -65,8 +67,8 @@ def read_user(tables: Tables, name: str) -> User | None:
 def save_user(tables: Tables, user: User) -> None:
     """Keep a new user, or what became of one."""
     tables.execute(
-        "INSERT OR REPLACE INTO users (name, role, password_hash, created_at_ms) VALUES (?, ?, ?, ?)",
-        [user.name, user.role, user.password_hash, user.created_at_ms],
+        "INSERT OR REPLACE INTO users (name, role, password_hash, created_at_ms, subject) VALUES (?, ?, ?, ?, ?)",
+        [user.name, user.role, user.password_hash, user.created_at_ms, user.subject],
     )
 
 

@@ -88,6 +88,8 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     """,
     # 6: who vouches for a model
     "ALTER TABLE models ADD COLUMN signature TEXT NOT NULL DEFAULT ''",
+    # 7: users who are known elsewhere
+    "ALTER TABLE users ADD COLUMN subject TEXT NOT NULL DEFAULT ''",
 ]
 
 

@@ -60,6 +60,8 @@ class Fleet:
         self.folder = folder
         self.state = folder / "coordinator"
         self.ca = self.state / "ca"
+        self.revoked_list = folder / "broker" / "skerry" / "crl.pem"
+        self.revoked_list.parent.mkdir(parents=True)
         self.port, self.broker_port = free_ports(2)
         self.url = f"https://127.0.0.1:{self.port}"
         self.programs: dict[str, Program] = {}
@@ -67,7 +69,7 @@ class Fleet:
     def start_coordinator(self, **more: Any) -> None:
         settings = {
             "fleet": FLEET, "state_dir": str(self.state), "listen": f"127.0.0.1:{self.port}", "public_url": self.url, "tls": True,
-            "require_enrolled": True, **more,
+            "require_enrolled": True, "revoked_list_file": str(self.revoked_list), **more,
         }  # fmt: skip
         text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
         text += f'[broker]\nhost = "127.0.0.1"\nport = {self.broker_port}\n'
@@ -79,19 +81,15 @@ class Fleet:
         wait_until(lambda: self.ask("GET", "/healthz", role=None)[0] == 200, WITHIN_S, (self.folder / "coordinator.log").read_text)
 
     def start_broker(self) -> None:
+        """As the command of the coordinator's own makes it."""
         folder = self.folder / "broker"
-        folder.mkdir(exist_ok=True)
-        acl = [f"pattern write skerry/v1/{FLEET}/%u/{branch}" for branch in UP]
-        acl += [f"pattern read skerry/v1/{FLEET}/%u/desired", f"pattern read skerry/v1/{FLEET}/%u/command/#", "user _coordinator"]
-        acl += [f"topic read skerry/v1/{FLEET}/+/{branch}" for branch in UP]
-        acl += [f"topic write skerry/v1/{FLEET}/+/{branch}" for branch in ("desired", "command/#")]
-        (folder / "acl").write_text("\n".join(acl) + "\n")
-        (folder / "mosquitto.conf").write_text(
-            f"per_listener_settings true\nlistener {self.broker_port} 127.0.0.1\ncafile {self.ca}/trusted.crt\n"
-            f"certfile {self.ca}/broker.crt\nkeyfile {self.ca}/broker.key\ncrlfile {self.ca}/revoked.pem\nrequire_certificate true\n"
-            f"use_identity_as_username true\nuse_username_as_clientid true\nallow_anonymous false\nacl_file {folder}/acl\n"
-            + ("user root\n" if os.geteuid() == 0 else "")
-        )
+        command = [sys.executable, "-m", "coordinator", "broker-config", "--config", self.folder / "coordinator.toml", "--dir", folder]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == str(folder / "mosquitto.conf")
+        assert done.stderr == "", "the list of revoked certificates lies where it is read"
+        if os.geteuid() == 0:
+            with (folder / "mosquitto.conf").open("a") as file:
+                file.write("user root\n")
         self.programs["broker"] = Program(folder / "mosquitto.log", find_mosquitto() or "", "-c", folder / "mosquitto.conf")
 
     def stop(self) -> None:
@@ -380,7 +378,7 @@ def test_the_agent_has_its_gateways_key_signed_and_it_is_thrown_out_with_the_box
     assert roles == {"box": 0, "gateway": 0}
     assert fleet.ask("POST", "/v1/nodes/with-gateway/revoke", {})[0] == 204
     assert all(view["revoked_at_ms"] for view in fleet.ask("GET", "/v1/nodes/with-gateway/certificates")[1])
-    listed = x509.load_pem_x509_crl((fleet.ca / "revoked.pem").read_bytes())
+    listed = x509.load_pem_x509_crl(fleet.revoked_list.read_bytes())
     assert listed.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None
 
 

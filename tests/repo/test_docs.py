@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from coordinator.api import accounts, enrolment
 from coordinator.api.calls import CALLS
 from coordinator.config import Config as CoordinatorConfig
+from coordinator.config import OpenIdConnect
 from coordinator.core import deployment
 from coordinator.signer.config import Config as SignerConfig
 from edge_agent.gateway.config import Config as GatewayConfig
@@ -39,6 +40,7 @@ SETTINGS = {
     "Gateway's TLS": Tls,
     "Gateway's peers": Peers,
     "Coordinator": CoordinatorConfig,
+    "OpenID Connect": OpenIdConnect,
     "Signer": SignerConfig,
     "Broker": Broker,
 }
@@ -336,7 +338,9 @@ def test_every_promise_has_a_test_a_measurement_or_says_that_it_is_pending():
         assert not re.search(r"\bpending\b", text.replace("test pending", "")), f"{number}: write 'test pending'"
 
 
-@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "SPECIFICATION.md", "CONTRIBUTING.md", "README.md", "docs/adr/*.md"])
+@pytest.mark.parametrize(
+    "name", ["ARCHITECTURE.md", "SPECIFICATION.md", "CONTRIBUTING.md", "README.md", "docs/adr/*.md", "docs/security/promises.md"]
+)
 def test_every_path_and_test_that_is_named_exists(name):
     top = {path.name for path in ROOT.iterdir()}
     found = 0

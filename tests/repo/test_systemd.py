@@ -71,11 +71,11 @@ def root(tmp_path: Path) -> Path:
         if "DelegateSubgroup=" not in drop_in.read_text() or systemd_version() >= 254:
             shutil.copy(drop_in, units / drop_in.parent.name)
     # What the units lean on; a real systemd brings these.
-    for target in ("sysinit", "basic", "shutdown", "network", "time-sync", "multi-user"):
+    for target in ("sysinit", "basic", "paths", "shutdown", "network", "time-sync", "multi-user"):
         (units / f"{target}.target").write_text("[Unit]\nDescription=stub\n")
     for unit in ("system.slice", "-.slice", "dbus.socket"):
         (units / unit).write_text("[Unit]\nDescription=stub\n" + ("[Socket]\nListenStream=/run/dbus\n" if unit.endswith("socket") else ""))
-    for path in ("bin/kill", *(f"opt/skerry/current/bin/skerry-{program}" for program in PROGRAMS)):
+    for path in ("bin/kill", "usr/bin/install", "usr/bin/systemctl", *(f"opt/skerry/current/bin/skerry-{program}" for program in PROGRAMS)):
         stub = tmp_path / path
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text("#!/bin/sh\n")
@@ -85,7 +85,9 @@ def root(tmp_path: Path) -> Path:
 
 def verify(analyze, root: Path) -> subprocess.CompletedProcess[str]:
     units = [f"skerry-{program}.service" for program in PROGRAMS]
-    return analyze(f"--root={root}", "verify", "--man=no", "--recursive-errors=yes", *units)
+    return analyze(
+        f"--root={root}", "verify", "--man=no", "--recursive-errors=yes", *units, "skerry-revoked.path", "skerry-revoked.service"
+    )
 
 
 def test_systemd_takes_every_unit_and_drop_in_as_it_stands(analyze, root):
@@ -183,6 +185,17 @@ def test_a_worker_can_lock_itself_down_under_the_wardens_list_of_system_calls():
 
 def test_the_warden_may_open_files_the_way_a_later_bubblewrap_does():
     assert settings_of("warden")["RestrictSUIDSGID"] == ["no"], "systemd answers openat2 with ENOSYS where it is on"
+
+
+def test_the_list_of_revoked_certificates_is_taken_over_from_where_the_coordinator_writes_it():
+    watched = re.search(r"PathChanged=(\S+)", (SYSTEMD / "skerry-revoked.path").read_text())
+    assert watched is not None
+    service = (SYSTEMD / "skerry-revoked.service").read_text()
+    assert f"install -m 0644 {watched[1]} /etc/mosquitto/skerry/crl.pem\n" in service
+    state = Path("/var/lib") / settings_of("coordinator")["StateDirectory"][0]
+    assert watched[1] == str(state / "ca" / "revoked.pem")
+    template = SYSTEMD.parent / "coordinator" / "broker" / "mosquitto.conf.j2"
+    assert "crlfile {{ broker_config_dir }}/skerry/crl.pem\n" in template.read_text()
 
 
 def test_sandboxes_outlive_the_warden():

@@ -62,6 +62,7 @@ RENDER = """
 
 TEMPLATES = [
     *(f"edge_agent/templates/{name}.toml.j2" for name in ("agent", "warden", "gateway")),
+    "edge_agent/templates/gateway-listen.conf.j2",
     *(f"coordinator/templates/{name}.toml.j2" for name in ("coordinator", "signer")),
     *(f"broker/templates/{name}.j2" for name in ("mosquitto.conf", "acl", "override.conf")),
 ]
@@ -247,6 +248,11 @@ def test_settings_and_units_name_the_same_files(rendered):
         assert f"LoadCredential={credential}:/etc/skerry/tls/" in drop_in
     for folder in ("warden", "gateway"):
         assert f"ReadWritePaths=/run/skerry/{folder}\n" in (SYSTEMD / f"skerry-{folder}.service").read_text()
+
+
+def test_the_port_that_is_held_for_the_gateway_is_its_own(rendered):
+    listen = tomllib.loads((rendered / "gateway.toml").read_text())["listen"]
+    assert (rendered / "gateway-listen.conf").read_text().endswith(f"ListenStream=\nListenStream={listen}\n")
 
 
 def test_a_rollback_knows_every_file_that_an_installation_writes():

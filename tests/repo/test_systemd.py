@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.gateway.listen import HTTP
 from tests.conftest import need
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
 PROGRAMS = ("agent", "warden", "gateway", "coordinator", "signer")
+OTHERS = ("skerry-revoked.path", "skerry-revoked.service", "skerry-gateway.socket")
 STOPS_WITHIN_S = 10
 
 # Exposure as systemd 252 counts it, times ten: the highest that passes. `0` is best, a unit with nothing but ExecStart= has 96.
@@ -71,7 +73,7 @@ def root(tmp_path: Path) -> Path:
         if "DelegateSubgroup=" not in drop_in.read_text() or systemd_version() >= 254:
             shutil.copy(drop_in, units / drop_in.parent.name)
     # What the units lean on; a real systemd brings these.
-    for target in ("sysinit", "basic", "paths", "shutdown", "network", "time-sync", "multi-user"):
+    for target in ("sysinit", "basic", "paths", "sockets", "shutdown", "network", "time-sync", "multi-user"):
         (units / f"{target}.target").write_text("[Unit]\nDescription=stub\n")
     for unit in ("system.slice", "-.slice", "dbus.socket"):
         (units / unit).write_text("[Unit]\nDescription=stub\n" + ("[Socket]\nListenStream=/run/dbus\n" if unit.endswith("socket") else ""))
@@ -85,9 +87,7 @@ def root(tmp_path: Path) -> Path:
 
 def verify(analyze, root: Path) -> subprocess.CompletedProcess[str]:
     units = [f"skerry-{program}.service" for program in PROGRAMS]
-    return analyze(
-        f"--root={root}", "verify", "--man=no", "--recursive-errors=yes", *units, "skerry-revoked.path", "skerry-revoked.service"
-    )
+    return analyze(f"--root={root}", "verify", "--man=no", "--recursive-errors=yes", *units, *OTHERS)
 
 
 def test_systemd_takes_every_unit_and_drop_in_as_it_stands(analyze, root):
@@ -196,6 +196,13 @@ def test_the_list_of_revoked_certificates_is_taken_over_from_where_the_coordinat
     assert watched[1] == str(state / "ca" / "revoked.pem")
     template = SYSTEMD.parent / "coordinator" / "broker" / "mosquitto.conf.j2"
     assert "crlfile {{ broker_config_dir }}/skerry/crl.pem\n" in template.read_text()
+
+
+def test_the_gateways_port_is_held_under_the_name_that_the_gateway_looks_for():
+    unit = (SYSTEMD / "skerry-gateway.socket").read_text()
+    assert f"FileDescriptorName={HTTP}\n" in unit
+    assert "Accept=" not in unit
+    assert "skerry-gateway.socket" not in (SYSTEMD / "skerry-gateway.service").read_text(), "it runs without one too"
 
 
 def test_sandboxes_outlive_the_warden():

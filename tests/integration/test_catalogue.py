@@ -25,7 +25,7 @@ def package(tmp_path):
 
 
 def test_a_member_with_the_right_digest_is_extracted(package, tmp_path):
-    catalogue._extract(package[0], package[1], tmp_path / "out")
+    catalogue.extract(package[0], package[1], tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"abc"
 
 
@@ -40,7 +40,7 @@ def test_a_member_with_the_right_digest_is_extracted(package, tmp_path):
 )
 def test_a_file_that_is_not_as_pinned_is_refused_by_the_field(package, tmp_path, changes, complaint):
     with pytest.raises(catalogue.CatalogueError, match=complaint):
-        catalogue._extract(package[0], msgspec.structs.replace(package[1], **changes), tmp_path / "out")
+        catalogue.extract(package[0], msgspec.structs.replace(package[1], **changes), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

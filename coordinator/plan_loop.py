@@ -55,10 +55,11 @@ def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None) -> planner
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """Under which documents are made: how long they may be taken, and which signing keys are the fleet's no more."""
+    """Under which documents are made: how long they may be taken, and which signing keys are the fleet's no more; None while the signer
+    has not said."""
 
     lifetime_ms: int
-    retired_keys: list[str]
+    retired_keys: list[str] | None
 
 
 def is_stale(document: Desired | None, terms: Terms, *, enrolled_at_ms: int, now_ms: int) -> bool:
@@ -70,7 +71,8 @@ def is_stale(document: Desired | None, terms: Terms, *, enrolled_at_ms: int, now
     half_ms = terms.lifetime_ms * (0.5 - jitter / 6)
     is_old = not document.expires_at_ms or document.expires_at_ms - now_ms < half_ms
     is_long = document.expires_at_ms - document.issued_at_ms > terms.lifetime_ms
-    return is_old or is_long or document.issued_at_ms < enrolled_at_ms or document.retired_keys != terms.retired_keys
+    is_other = terms.retired_keys is not None and document.retired_keys != terms.retired_keys
+    return is_old or is_long or is_other or document.issued_at_ms < enrolled_at_ms
 
 
 def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms) -> list[Desired]:
@@ -103,7 +105,8 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms) -> list[Des
         generation = (old.generation if old else 0) + 1
         issued_at_ms = max(now_ms, enrolled_at_ms, old.issued_at_ms + 1 if old else 0)  # boxes take it for proof of the time
         expires_at_ms = issued_at_ms + terms.lifetime_ms
-        document = Desired(fleet, node, generation, issued_at_ms, *now, expires_at_ms=expires_at_ms, retired_keys=terms.retired_keys)
+        retired = terms.retired_keys if terms.retired_keys is not None else old.retired_keys if old else []
+        document = Desired(fleet, node, generation, issued_at_ms, *now, expires_at_ms=expires_at_ms, retired_keys=retired)
         size = len(codec.encode(document)) + ENVELOPE_BYTES
         if size > codec.MAX_MESSAGE_BYTES:
             too_large[node] = size
@@ -141,7 +144,7 @@ class PlanLoop:
         self._news = news
         self._signer = signer
         self._fleet = fleet
-        self._terms = Terms(lifetime_ms, [])
+        self._terms = Terms(lifetime_ms, None)
         self._wake = asyncio.Event()
         self._wake.set()
 

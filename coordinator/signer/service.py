@@ -51,11 +51,13 @@ class Service:
             desired = codec.decode(await request.read(), Desired)
         except codec.Malformed as exc:
             return self._refusal(str(exc))
-        now_ms = time.time_ns() // 1_000_000
-        most_ms = max(now_ms, desired.issued_at_ms) + int(self._config.most_days * MS_PER_DAY)
+        ahead_ms = desired.issued_at_ms - time.time_ns() // 1_000_000
+        most_ms = int(self._config.most_days * MS_PER_DAY)
         if desired.fleet != self._config.fleet:
             return self._refusal(f"fleet: {desired.fleet[:80]!r} is not {self._config.fleet}")
-        if not 0 < desired.expires_at_ms <= most_ms:
+        if ahead_ms > most_ms:  # boxes take it for proof of the time, and would take no true one for as long
+            return self._refusal(f"issued_at_ms: {desired.issued_at_ms} is {ahead_ms} ms ahead of this clock")
+        if not 0 < desired.expires_at_ms - desired.issued_at_ms <= most_ms:
             return self._refusal(f"expires_at_ms: {desired.expires_at_ms}: more than {self._config.most_days:g} days are not signed for")
         envelope = self._keyring.sign(desired)
         logger.info("signed", node=desired.node, generation=desired.generation, replicas=len(desired.replicas), key_id=self._keyring.key_id)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from coordinator.signer.client import NotSigned, SignerAbsent, SignerOnSocket
@@ -76,7 +77,14 @@ def test_it_signs_this_fleets_documents_for_a_bounded_time_and_nothing_else(sign
     envelope = signer.ask(wanted)
     trusted = signing.parse_public_keys((signer.folder / "signing.pub").read_text())
     assert signing.verify(envelope, Desired, trusted, context=signing.DESIRED_CONTEXT) == wanted
-    for refused, words in ((document(fleet="g"), "fleet: "), (document(days=11), "expires_at_ms: "), (document(days=0), "expires_at_ms: ")):
+    far = document()
+    far = msgspec.structs.replace(far, issued_at_ms=far.issued_at_ms + 11 * DAY_MS, expires_at_ms=far.issued_at_ms + 12 * DAY_MS)
+    for refused, words in (
+        (document(fleet="g"), "fleet: "),
+        (document(days=11), "expires_at_ms: "),
+        (document(days=0), "expires_at_ms: "),
+        (far, "issued_at_ms: "),
+    ):
         with pytest.raises(NotSigned, match=words):
             signer.ask(refused)
     assert (signer.folder / "signing.pem").stat().st_mode & 0o077 == 0

@@ -96,6 +96,14 @@ def test_a_box_that_was_told_is_told_anew_within_half_of_its_life_and_not_all_bo
     assert len(set(hours)) == len(BOXES)
 
 
+def test_while_the_signer_has_not_said_which_keys_are_retired_what_it_said_before_stands(tables):
+    told(tables, START_MS, Terms(LIFE_MS, ["old"]))
+    assert told(tables, START_MS + 1, Terms(LIFE_MS, None)) == {}
+    enrol(tables, "van-7", START_MS + HOUR_MS)
+    (document,) = told(tables, START_MS + 2 * HOUR_MS, Terms(LIFE_MS, None)).values()
+    assert (document.node, document.retired_keys) == ("van-7", ["old"])
+
+
 def test_a_shorter_life_is_taken_up_at_once(tables):
     told(tables, START_MS, Terms(LIFE_MS, []))
     assert set(told(tables, START_MS + 1, Terms(LIFE_MS // 2, []))) == set(BOXES)

@@ -183,6 +183,13 @@ def test_a_worker_can_lock_itself_down_under_the_wardens_list_of_system_calls():
     assert {"seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"} <= set(allowed)
 
 
+def test_what_looks_into_a_model_can_confine_itself_under_the_coordinators_list_of_system_calls():
+    allowed = " ".join(settings_of("coordinator")["SystemCallFilter"]).split()
+    needed = {"prlimit64", "seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"}
+    assert needed <= set(allowed)
+    assert max(allowed.index(name) for name in needed) > allowed.index("~@privileged"), "what is denied later is denied"
+
+
 def test_the_warden_may_open_files_the_way_a_later_bubblewrap_does():
     assert settings_of("warden")["RestrictSUIDSGID"] == ["no"], "systemd answers openat2 with ENOSYS where it is on"
 

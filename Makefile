@@ -54,6 +54,7 @@ lock: ## resolve the requirements again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu --extra grpc --extra demo --group build pyproject.toml -o requirements/demo.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu --extra grpc -c requirements/demo.txt pyproject.toml -o requirements/box.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --no-strip-extras --universal --python-version 3.11 --extra cpu --extra grpc --extra demo --extra image --group build --group test -c requirements/demo.txt pyproject.toml -o requirements/test.txt
+	@.ci/bare-extras requirements/test.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group worker -c requirements/demo.txt -o skerry/image/worker.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group worker-cuda -c requirements/demo.txt -o skerry/image/worker-cuda.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group mlserver -o requirements/mlserver.txt

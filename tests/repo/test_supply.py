@@ -18,6 +18,7 @@ SECRETS_THAT_ARE_NONE = {
     ("skerry/cli/people.py", "Secret Keyword"): "the words of a prompt",
     ("tests/integration/test_accounts.py", "Secret Keyword"): "a password of people who do not exist",
     ("tests/integration/test_catalogue.py", "Hex High Entropy String"): "a digest",
+    ("tests/integration/test_single_sign_on.py", "Secret Keyword"): "the secret of a client that does not exist",
     ("tests/integration/test_gateway_program.py", "Private Key"): "the first line of a key that is none",
 }
 

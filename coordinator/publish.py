@@ -42,18 +42,28 @@ class Publisher:
 
     async def publish_unsigned(self) -> None:
         """Try again what nobody signed. Raises NotConnected."""
-        if self.unsigned:
+        if self.unsigned and await self._is_signer_there():
             documents = await self._database.read(nodes.read_desired)
-            for node in sorted(self.unsigned):
-                if node in documents:
-                    await self.publish(documents[node])
-                if node in self.unsigned:
-                    break  # the others would wait for the same
+            for node in sorted(self.unsigned & documents.keys()):
+                await self.publish(documents[node])
 
     async def publish_all(self) -> None:
         """Tell every box again: a broker that lost its retained messages has them back, and each box answers with what it is."""
-        for desired in (await self._database.read(nodes.read_desired)).values():
+        documents = await self._database.read(nodes.read_desired)
+        if not await self._is_signer_there():
+            self.unsigned |= documents.keys()
+            return
+        for desired in documents.values():
             await self.publish(desired)
+
+    async def _is_signer_there(self) -> bool:
+        """Asked once, and not waited for once for each box."""
+        try:
+            await self._signer.keys()
+        except SignerAbsent as exc:
+            logger.error("signer.absent", reason=str(exc))
+            return False
+        return True
 
     async def ack(self, fleet: str, node: str, ack: Ack) -> None:
         """Tell a box that its events are in the registry. Raises NotConnected."""

@@ -272,7 +272,9 @@ class WardenProcess:
         self._box, self._key = box, key
         self._settings = box.folder / "warden.toml"
         config = msgspec.to_builtins(box.config, enc_hook=str) | {"drivers": ["bubblewrap"], "memory_bytes": box.limits.memory_bytes}
-        self._settings.write_text("".join(f"{name} = {msgspec.json.encode(value).decode()}\n" for name, value in config.items()))
+        self._settings.write_text(
+            "".join(f"{name} = {msgspec.json.encode(value).decode()}\n" for name, value in config.items() if value is not None)
+        )
         box.config.trusted_keys_file.write_text(signing.public_key_line(key.public_key()))
 
     def want(self, *replicas) -> None:

@@ -92,7 +92,7 @@ class Books(msgspec.Struct):
 @contextlib.asynccontextmanager
 async def boxes_on(ground: Ground, *, count: int, drops: float, history_s: float = 0.0) -> AsyncIterator[list[Plugged]]:
     """So many boxes, switched on over RAMP_S; all of them are ended when this closes."""
-    trusted = signing.parse_public_keys((ground.folder / "coordinator" / "signing.pub").read_text())
+    trusted = signing.parse_public_keys((ground.folder / "signer" / "signing.pub").read_text())
     plugged, doors = [], iter(free_ports(2 * count))
     for index in range(count):
         uplink, port = None, ground.broker_port

@@ -56,7 +56,7 @@ class Ground(Fleet):
         self.boxes = self.boxes[: self._boxes]
         kept = {box.name for box in self.boxes}
         self._commands = {name: command for name, command in self._commands.items() if "." not in name or name.partition(".")[0] in kept}
-        for path in [self.folder / "coordinator" / "coordinator.toml", *self.folder.glob("boxes/*/*.toml")]:
+        for path in [*self.folder.glob("*/*.toml"), *self.folder.glob("boxes/*/*.toml")]:
             text = path.read_text().replace(f'fleet = "{FLEET}"\n', f'fleet = "{self.name}"\n')
             if self._docker_socket:
                 text = DOCKER_SOCKET.sub(f'docker_socket = "{self._docker_socket}"\n', text)

@@ -19,7 +19,7 @@ import msgspec
 from coordinator.accounts.refusals import NotLetIn
 from coordinator.config import OpenIdConnect
 from coordinator.registry.identity import digest_of
-from skerry.runtime import log, tls
+from skerry.runtime import log, streams, tls
 from skerry.wire.accounts import Role, is_user_name
 
 logger = log.get("coordinator.accounts")
@@ -198,9 +198,7 @@ class Provider:
                     method, url, data=form, ssl=context, allow_redirects=False, headers={"Accept": "application/json"}
                 ) as answer,
             ):
-                body = await answer.content.read(MOST_BYTES)
-                while len(body) < MOST_BYTES and not answer.content.at_eof():
-                    body += await answer.content.read(MOST_BYTES - len(body))
+                body = await streams.beginning(answer.content, MOST_BYTES)
                 if answer.status != 200:
                     raise self._fault(url, ValueError(f"status {answer.status}"))
                 return body

@@ -5,6 +5,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from coordinator.api.answers import refuse
+from skerry.runtime import streams
 from skerry.wire import codec
 
 T = TypeVar("T")
@@ -14,12 +15,7 @@ MOST_JSON_BYTES = 64 * 1024
 
 async def beginning(request: web.Request, most_bytes: int) -> bytes:
     """The body; of one that is longer than ``most_bytes`` the first ``most_bytes + 1``, so that its length tells."""
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > most_bytes:
-            break
-    return bytes(body[: most_bytes + 1])
+    return await streams.beginning(request.content, most_bytes)
 
 
 async def json_body(request: web.Request, kind: type[T]) -> T:

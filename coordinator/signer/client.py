@@ -6,6 +6,7 @@ from typing import Protocol
 import aiohttp
 
 from coordinator.signer.keyring import Keyring
+from skerry.runtime import streams
 from skerry.wire import codec
 from skerry.wire.messages import Desired
 from skerry.wire.signer import Keys
@@ -77,8 +78,7 @@ class SignerOnSocket:
             self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self._socket)), timeout=timeout)
         try:
             async with self._session.request(method, f"http://signer{path}", data=body) as response:
-                answer = await response.content.read(MOST_ANSWER_BYTES)
-                answer += await response.content.read(1) if not response.content.at_eof() else b""
+                answer = await streams.beginning(response.content, MOST_ANSWER_BYTES)
         except (aiohttp.ClientError, OSError, TimeoutError) as exc:
             raise SignerAbsent(f"signer_socket: {self._socket}: {exc or type(exc).__name__}") from exc
         if response.status != 200:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from edge_agent.core import renewal
 from edge_agent.core.renewal import Life
 from edge_agent.link.config import Config
-from skerry.runtime import backoff, durable, keys, lifecycle, log, tls
+from skerry.runtime import backoff, durable, keys, lifecycle, log, streams, tls
 from skerry.wire import codec
 from skerry.wire.api import ProblemBody
 from skerry.wire.identity import Renewed, RenewRequest
@@ -105,7 +105,7 @@ class Identity:
                 headers={"Content-Type": "application/json"},
             ) as response,
         ):  # fmt: skip
-            body = await response.content.read(MOST_ANSWER_BYTES)
+            body = await streams.beginning(response.content, MOST_ANSWER_BYTES)
             if response.status != 200:
                 raise IdentityFailed(f"the coordinator says: {problem_of(response.status, body)}")
         renewed = answer_of(body, Renewed)

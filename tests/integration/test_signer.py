@@ -77,6 +77,8 @@ def test_it_signs_this_fleets_documents_for_a_bounded_time_and_nothing_else(sign
     envelope = signer.ask(wanted)
     trusted = signing.parse_public_keys((signer.folder / "signing.pub").read_text())
     assert signing.verify(envelope, Desired, trusted, context=signing.DESIRED_CONTEXT) == wanted
+    large = msgspec.structs.replace(wanted, revoked=[f"box-{number:05}" for number in range(9000)])
+    assert signing.verify(signer.ask(large), Desired, trusted, context=signing.DESIRED_CONTEXT) == large, "as large as documents get"
     far = document()
     far = msgspec.structs.replace(far, issued_at_ms=far.issued_at_ms + 11 * DAY_MS, expires_at_ms=far.issued_at_ms + 12 * DAY_MS)
     for refused, words in (

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.core.report import ReplicaStatus, report_of
 from edge_agent.link.outbox import Outbox
-from edge_agent.link.session import Session
+from edge_agent.link.session import Reach, Session
 from skerry import __version__
 from skerry.runtime import lifecycle
 from skerry.runtime.settings import Broker
@@ -78,11 +78,9 @@ class SimulatedBox:
         self._wanted = asyncio.Event()
         self._quiet = asyncio.Event()
         self._session = Session(
-            broker=broker,
+            reach=Reach(broker, WILL_DELAY_S, RECONNECT_S),
             fleet=fleet,
             node=node,
-            will_delay_s=WILL_DELAY_S,
-            backoff_s=RECONNECT_S,
             outbox=self.outbox,
             birth=self._birth,
             on_desired=self._on_desired,

@@ -6,6 +6,7 @@ import msgspec
 
 from skerry.wire.box import LocalReplica, Route, RouteTable
 from skerry.wire.messages import Desired, ModelRef, Phase, ReplicaReport, ReplicaSpec, Reported, RouteSpec, Rung
+from skerry.wire.proof import Proof
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True):
@@ -83,10 +84,10 @@ def _serving(route: RouteSpec, ready: Iterable[ReplicaStatus]) -> tuple[int, lis
     return served[1], sorted(replicas, key=lambda replica: (replica.name, replica.socket))
 
 
-def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus]) -> RouteTable:
-    """The gateway's table: every route of the document, with the replicas that are ready for it."""
+def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus], time: Proof = Proof()) -> RouteTable:  # noqa: B008 - frozen
+    """The gateway's table: every route of the document, with the replicas that are ready for it, and what is known of the time."""
     if desired is None:
-        return RouteTable()
+        return RouteTable(time=time)
     ready: dict[str, list[ReplicaStatus]] = {}
     for status in known:
         if status.phase == "ready" and status.socket:
@@ -109,6 +110,7 @@ def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus]) -> RouteT
             for route in desired.routes
         ],
         revoked=desired.revoked,
+        time=time,
     )
 
 

@@ -8,7 +8,7 @@ from edge_agent.gateway.books import Books
 from edge_agent.gateway.budget import Budgets
 from edge_agent.gateway.config import Config
 from edge_agent.gateway.facts import Facts
-from edge_agent.gateway.fleet import Door, FleetIdentity, Revoked, prepare
+from edge_agent.gateway.fleet import Door, FleetIdentity, prepare
 from edge_agent.gateway.ledger import Ledger
 from edge_agent.gateway.listen import Fleetward, Front, Remote, Sockets
 from edge_agent.gateway.processes import Place
@@ -18,7 +18,8 @@ from edge_agent.gateway.samples import Samples
 from edge_agent.gateway.service import Service
 from edge_agent.gateway.tls import Certificates
 from edge_agent.gateway.upstream import Upstreams
-from skerry.runtime import lifecycle, log, sdnotify
+from skerry.runtime import lifecycle, log, sdnotify, tls
+from skerry.runtime.proved_time import ProvedTime
 from skerry.wire import oip
 from skerry.wire.box import RouteTable
 
@@ -42,13 +43,14 @@ def before_loop(config: Config) -> dict[str, object]:
 
 async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: Sockets) -> None:
     """Serve until ``stop`` is set; requests under way then get SHUTDOWN_S to end."""
-    certificates = Certificates(config.tls) if config.tls is not None else None
+    proved = ProvedTime()
+    certificates = Certificates(config.tls, tls.Judge(proved.now_at_least_ms)) if config.tls is not None else None
     ledger, samples, budgets = (
         Ledger(config.node, config.tier),
         Samples(),
         Budgets(config.budget_file or config.socket.with_name("cloud_budget.json")),
     )
-    fleet, revoked = FleetIdentity(config.peers), Revoked()
+    fleet = FleetIdentity(config.peers, proved)
     books = Books(place, ledger, samples)
     books.resume()
     async with Upstreams(
@@ -65,7 +67,7 @@ async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: So
         )  # fmt: skip
 
         def use(table: RouteTable) -> None:
-            revoked.names = frozenset(table.revoked)
+            fleet.hear(table)
             service.update(table)
 
         follower.use = use
@@ -83,14 +85,12 @@ async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: So
                 books=books,
             )
             return http.Server(
-                Door(api, fleet, config.tier, revoked) if for_peers else api,
+                Door(api, fleet, config.tier) if for_peers else api,
                 body_limit_bytes=config.body_limit_bytes, memory_limit_bytes=place.share(config.bodies_limit_bytes),
                 connection_limit=place.share(config.connection_limit),
             )  # fmt: skip
 
-        public, private = served(), served(for_agent=True)
-        peers = served(for_peers=True)
-        servers = (public, private, peers)
+        servers = public, private, peers = served(), served(for_agent=True), served(for_peers=True)
         fleetward = Fleetward(config.peers.listen if config.peers else "", place, fleet, peers)
         front, remote, over = Front(config, place, sockets, certificates), Remote(config, place, certificates), asyncio.Event()
         try:

@@ -5,7 +5,6 @@ signed and puts the certificate where the settings say. Until it is there, nothi
 """
 
 import ssl
-import time
 from collections.abc import Collection
 
 from cryptography import x509
@@ -16,7 +15,9 @@ from edge_agent.gateway.config import Peers
 from edge_agent.gateway.http_message import Head, Memory, Peer, Response
 from edge_agent.gateway.upstream import FORWARDED, Secured
 from skerry.runtime import durable, keys, log, settings, tls
+from skerry.runtime.proved_time import ProvedTime
 from skerry.wire import identity
+from skerry.wire.box import RouteTable
 from skerry.wire.identity import NotOurs, Subject
 from skerry.wire.messages import Tier
 
@@ -35,10 +36,16 @@ def prepare(config: Peers, node: str) -> None:
 
 
 class FleetIdentity:
-    """The files of ``[peers]``, as they were last read; nobody, where there is no such table."""
+    """The files of ``[peers]``, as they were last read; nobody, where there is no such table.
 
-    def __init__(self, config: Peers | None) -> None:
+    ``judge`` says whose certificates are over, by the time that was ``proved``; ``revoked`` are the boxes that were thrown out.
+    """
+
+    def __init__(self, config: Peers | None, proved: ProvedTime) -> None:
         self._config = config
+        self._proved = proved
+        self.revoked: Collection[str] = frozenset()
+        self.judge = tls.Judge(proved.now_at_least_ms, config.certificate_file if config is not None else None)
         self._mark: object = None
         self.subject: Subject | None = None
         """Who this gateway is, once it is somebody."""
@@ -51,6 +58,11 @@ class FleetIdentity:
         if self._client is None or self.subject is None:
             return None
         return Secured(self._client, Subject(self.subject.fleet, "gateway", node).dns_name)
+
+    def hear(self, table: RouteTable) -> None:
+        """What the route table says of the fleet and of the time."""
+        self.revoked = frozenset(table.revoked)
+        self._proved.believe(table.time)
 
     def look(self) -> bool:
         """Read them again if one was replaced; says whether this gateway is somebody new. What does not fit changes nothing."""
@@ -65,7 +77,7 @@ class FleetIdentity:
             return False
         try:
             subject = identity.subject_of(x509.load_pem_x509_certificate(self._config.certificate_file.read_bytes()))
-            server, client = _contexts(self._config)
+            server, client = _contexts(self._config, self.judge)
         except (OSError, ssl.SSLError, ValueError) as exc:
             logger.error("fleet.not_renewed", reason=str(exc)[:300])
             return False
@@ -74,29 +86,20 @@ class FleetIdentity:
         return True
 
 
-def _contexts(config: Peers) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+def _contexts(config: Peers, judge: tls.Judge) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """For those who come, and for going to them."""
     server = tls.server(config.certificate_file, config.key_file, client_ca_file=config.ca_file)
-    if not tls.holds(config.certificate_file.read_bytes(), time.time()):
-        tls.forget_time(server)
-    return server, tls.client(str(config.ca_file), str(config.certificate_file), str(config.key_file))
-
-
-class Revoked:
-    """The boxes that were thrown out, as the route table has them."""
-
-    def __init__(self) -> None:
-        self.names: Collection[str] = frozenset()
+    judge.rule(server)
+    return server, tls.client(str(config.ca_file), str(config.certificate_file), str(config.key_file), judge=judge)
 
 
 class Door:
     """What other gateways are answered (``http.Application``): inference that they pass on, if they may, and nothing else."""
 
-    def __init__(self, api: Api, fleet: FleetIdentity, tier: Tier, revoked: Revoked) -> None:
+    def __init__(self, api: Api, fleet: FleetIdentity, tier: Tier) -> None:
         self._api = api
         self._fleet = fleet
         self._tier = tier
-        self._revoked = revoked
 
     def begin(self, head: Head) -> Memory | Response | None:
         """See http.Application."""
@@ -124,7 +127,9 @@ class Door:
         own, caller = self._fleet.subject, _caller(head.peer)
         if own is None or caller is None:
             return "no certificate of a fleet was shown"
-        if reason := peers.why_not(caller, own=own, own_tier=self._tier, revoked=self._revoked.names):
+        if self._fleet.judge.is_over(head.peer.certificate_ends_ms):  # a connection may outlive it
+            return "the certificate has ended"
+        if reason := peers.why_not(caller, own=own, own_tier=self._tier, revoked=self._fleet.revoked):
             return reason
         if head.method != "POST" or not head.path.endswith("/infer"):
             return "requests for inference are answered here, and nothing else"
@@ -137,7 +142,9 @@ def _caller(peer: Peer) -> Subject | None:
     """Whose certificate was shown on this connection; found out once."""
     if peer.subject is None and peer.certificate:
         try:
-            peer.subject = identity.subject_of(x509.load_der_x509_certificate(peer.certificate))
+            certificate = x509.load_der_x509_certificate(peer.certificate)
+            peer.certificate_ends_ms = tls.ends_ms(certificate)
+            peer.subject = identity.subject_of(certificate)
         except (NotOurs, ValueError):
             peer.certificate = b""
     return peer.subject

@@ -37,7 +37,7 @@ class PrivateMemory:
 class Peer(msgspec.Struct):
     """Who is at the other end. ``address`` is empty for a Unix socket; ``uid`` is the user on this box, if known.
 
-    ``certificate`` (DER) was shown and holds; ``subject`` is whose it is, once somebody asked.
+    ``certificate`` (DER) was shown and held then; ``subject`` is whose it is, and ``certificate_ends_ms`` its end, once somebody asked.
     """
 
     address: str
@@ -46,6 +46,7 @@ class Peer(msgspec.Struct):
     is_local: bool
     uid: int | None = None
     certificate: bytes = b""
+    certificate_ends_ms: int = 0
     subject: Subject | None = None
 
 

@@ -20,10 +20,14 @@ class Pem(msgspec.Struct, frozen=True):
 
 
 class Certificates:
-    """The files as they were last read, all of one moment and fitting each other. Raises SettingsError where they never did."""
+    """The files as they were last read, all of one moment and fitting each other. Raises SettingsError where they never did.
 
-    def __init__(self, files: Tls) -> None:
+    ``judge`` says which callers' certificates are over.
+    """
+
+    def __init__(self, files: Tls, judge: tls.Judge) -> None:
         self._tls = files
+        self._judge = judge
         self._tried: object = None
         self.context, self.pem = self._read()
 
@@ -46,6 +50,7 @@ class Certificates:
         self._tried = tls.marks(self._paths())
         try:
             context = tls.server(self._tls.certificate_file, self._tls.key_file, client_ca_file=self._tls.client_ca_file)
+            self._judge.rule(context)
             certificate, key, *more = (path.read_bytes() for path in self._paths())
             is_open = bool(self._tls.key_file.stat().st_mode & 0o007)
         except (OSError, ssl.SSLError) as exc:

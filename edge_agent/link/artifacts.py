@@ -43,7 +43,7 @@ class Artifacts:
         token: str,
         proxy: str,
         ca_file: str = "",
-        own_cert_file: str = "",
+        judge: tls.Judge | None = None,
         arrived: Callable[[str, str], None],
         reserve_bytes: int = RESERVE_BYTES,
     ) -> None:
@@ -51,7 +51,7 @@ class Artifacts:
         self._url = url.rstrip("/")
         self._token = token
         self._ca_file = ca_file
-        self._own_cert_file = own_cert_file
+        self._judge = judge
         self._proxy = proxy or None
         self._arrived = arrived
         self._reserve_bytes = reserve_bytes
@@ -75,7 +75,7 @@ class Artifacts:
         """Fetch until ``stop`` is set."""
         self._folder.mkdir(parents=True, exist_ok=True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(ssl=tls.client(self._ca_file, own=self._own_cert_file)) if self._url.startswith("https:") else None
+        connector = aiohttp.TCPConnector(ssl=tls.client(self._ca_file, judge=self._judge)) if self._url.startswith("https:") else None
         headers = {"Authorization": f"Bearer {self._token}"}
         async with aiohttp.ClientSession(timeout=timeout, headers=headers, connector=connector) as session:
             while not stop.is_set():

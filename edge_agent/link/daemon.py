@@ -12,11 +12,12 @@ from edge_agent.link.commands import Commands
 from edge_agent.link.config import Config
 from edge_agent.link.identity import Identity
 from edge_agent.link.outbox import Outbox, OutboxFailed
-from edge_agent.link.session import Session
+from edge_agent.link.session import Reach, Session
 from edge_agent.link.telemetry import Telemetry
 from edge_agent.link.warden import WardenLink
 from skerry import __version__
-from skerry.runtime import lifecycle, log, nvml, sdnotify, settings
+from skerry.runtime import lifecycle, log, nvml, sdnotify, settings, tls
+from skerry.runtime.proved_time import ProvedTime
 from skerry.wire.box import Entries, GatewayTotals, State
 from skerry.wire.messages import Birth, Gpu, LogsReply, Rung
 
@@ -69,17 +70,20 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     token = read_token(config.coordinator.token_file)
     outbox = Outbox(config.state_dir / "outbox.db", most_events=config.outbox_events, most_samples=config.outbox_samples)
     inventory = Inventory(config, outbox.epoch)
+    proved = ProvedTime(config.state_dir / "proved_time.json")
+    judge = tls.Judge(proved.now_at_least_ms, Path(config.broker.cert_file) if config.broker.cert_file else None)
     artifacts = Artifacts(
         folder=config.state_dir / "incoming",
         url=config.coordinator.url,
         token=token,
         ca_file=config.coordinator.ca_file,
-        own_cert_file=config.broker.cert_file,
+        judge=judge,
         proxy=config.coordinator.proxy,
         arrived=lambda digest, reason: warden.arrived(digest, reason),  # noqa: PLW0108 - made below
     )
 
     async def on_state(state: State) -> None:
+        proved.believe(state.time)
         if (state.rungs, state.rungs_absent) != (inventory.rungs, inventory.rungs_absent):
             inventory.rungs, inventory.rungs_absent = state.rungs, state.rungs_absent
             session.announce()
@@ -117,11 +121,9 @@ async def main(config: Config, stop: asyncio.Event) -> None:
 
     commands = Commands(read_logs=warden.read_logs, reply=reply)
     session = Session(
-        broker=config.broker,
+        reach=Reach(config.broker, config.will_delay_s, (config.reconnect_first_s, config.reconnect_most_s), judge),
         fleet=config.fleet,
         node=config.node,
-        will_delay_s=config.will_delay_s,
-        backoff_s=(config.reconnect_first_s, config.reconnect_most_s),
         outbox=outbox,
         birth=inventory.birth,
         on_desired=warden.apply,
@@ -137,16 +139,21 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         offer=session.offer,
         routed=on_routed,
     )
-    session.say_event("agent.started", config.node, f"version {__version__}")
-    if outbox.set_aside:
-        session.say_event("outbox.damaged", config.node, f"set aside as {outbox.set_aside}")
+    _say_started(session, outbox, config.node)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(warden.run(stop), name="agent.warden")
         tasks.create_task(artifacts.run(stop), name="agent.artifacts")
         tasks.create_task(telemetry.run(stop), name="agent.telemetry")
-        tasks.create_task(Identity(config, say=session.say_event).run(stop), name="agent.identity")
+        tasks.create_task(Identity(config, say=session.say_event, proved=proved, judge=judge).run(stop), name="agent.identity")
+        tasks.create_task(proved.run(stop), name="agent.proved_time")
         tasks.create_task(commands.run(stop), name="agent.commands")
         tasks.create_task(session.run(stop), name="agent.session")
         tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="agent.watchdog")
         sdnotify.notify("READY=1")
     outbox.close()
+
+
+def _say_started(session: Session, outbox: Outbox, node: str) -> None:
+    session.say_event("agent.started", node, f"version {__version__}")
+    if outbox.set_aside:
+        session.say_event("outbox.damaged", node, f"set aside as {outbox.set_aside}")

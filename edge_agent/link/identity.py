@@ -18,6 +18,7 @@ from edge_agent.core import renewal
 from edge_agent.core.renewal import Life
 from edge_agent.link.config import Config
 from skerry.runtime import backoff, durable, keys, lifecycle, log, streams, tls
+from skerry.runtime.proved_time import ProvedTime
 from skerry.wire import codec
 from skerry.wire.api import ProblemBody
 from skerry.wire.identity import Renewed, RenewRequest
@@ -42,12 +43,14 @@ class IdentityFailed(Exception):
 class Identity:
     """Renews the certificate of ``broker.cert_file`` with ``broker.key_file``; whoever connects next reads the new one.
 
-    ``say`` takes an event's kind, subject and text.
+    ``say`` takes an event's kind, subject and text. The certificate's first moment proves that it has passed.
     """
 
-    def __init__(self, config: Config, *, say: Callable[[str, str, str], None]) -> None:
+    def __init__(self, config: Config, *, say: Callable[[str, str, str], None], proved: ProvedTime, judge: tls.Judge) -> None:
         self._config = config
         self._say = say
+        self._proved = proved
+        self._judge = judge
         self._started_at = time.monotonic()
         self._renewed_at: float | None = None
 
@@ -79,9 +82,11 @@ class Identity:
         is_new = _is_unsigned(self._config.gateway_csr_file, self._config.gateway_certificate_file)
         if is_new and (self._renewed_at is None or now - self._renewed_at > AGAIN_S):
             return 0.0
+        life = life_of(Path(self._config.broker.cert_file))
+        self._proved.prove(life.not_before_ms)
         return renewal.due_in_s(
-            life_of(Path(self._config.broker.cert_file)),
-            wall_ms=time.time_ns() // 1_000_000,
+            life,
+            wall_ms=max(time.time_ns() // 1_000_000, self._proved.now_at_least_ms()),
             started_s_ago=now - self._started_at,
             renewed_s_ago=None if self._renewed_at is None else now - self._renewed_at,
         )
@@ -94,7 +99,7 @@ class Identity:
         context: ssl.SSLContext | bool = True
         if coordinator.url.startswith("https:"):
             try:
-                context = tls.client(coordinator.ca_file, own=broker.cert_file)
+                context = tls.client(coordinator.ca_file, judge=self._judge)
             except ValueError as exc:
                 raise IdentityFailed(f"coordinator.ca_file: {exc}") from exc
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)

@@ -12,7 +12,7 @@ import aiomqtt
 import msgspec
 
 from edge_agent.link.outbox import Outbox, OutboxFailed
-from skerry.runtime import backoff, lifecycle, log, mqtt, refusals
+from skerry.runtime import backoff, lifecycle, log, mqtt, refusals, tls
 from skerry.runtime.settings import Broker
 from skerry.wire import codec, topics
 from skerry.wire.box import GatewayTotals
@@ -35,6 +35,15 @@ SUSPICIOUS_FLAPS = 3
 """Brokers throw the older of two clients with one id off without a word (mosquitto 2.0, rumqttd): it looks like this."""
 
 
+class Reach(msgspec.Struct, frozen=True):
+    """How the broker is reached: the first and the longest pause between two tries, and who says whether its certificate is over."""
+
+    broker: Broker
+    will_delay_s: int
+    backoff_s: tuple[float, float]
+    judge: tls.Judge | None = None
+
+
 class Session:
     """Keeps the box connected. ``birth`` gives the inventory for a session number; ``on_desired`` gets envelopes as they come.
 
@@ -44,21 +53,18 @@ class Session:
     def __init__(
         self,
         *,
-        broker: Broker,
+        reach: Reach,
         fleet: str,
         node: str,
-        will_delay_s: int,
-        backoff_s: tuple[float, float],
         outbox: Outbox,
         birth: Callable[[int], Birth],
         on_desired: Callable[[bytes], None],
         on_command: Callable[[str, bytes, bytes], None],
     ) -> None:
-        self._broker = broker
+        self._reach = reach
+        self._broker = reach.broker
         self._fleet = fleet
         self._node = node
-        self._will_delay_s = will_delay_s
-        self._backoff_s = backoff_s
         self._outbox = outbox
         self._birth = birth
         self._on_desired = on_desired
@@ -135,10 +141,10 @@ class Session:
                 last_will = mqtt.will(
                     topics.up(self._fleet, self._node, "presence"),
                     codec.encode(Presence(False, self._birth(epoch).boot_id, epoch)),
-                    delay_s=self._will_delay_s,
+                    delay_s=self._reach.will_delay_s,
                 )
                 async with mqtt.connected(
-                    self._broker, topics.client_id(self._fleet, self._node), last_will=last_will, queue=QUEUE
+                    self._broker, topics.client_id(self._fleet, self._node), last_will=last_will, queue=QUEUE, judge=self._reach.judge
                 ) as client:
                     was_up, up_at = True, time.monotonic()
                     self.say_event("link.up", self._broker.host, f"session {epoch}, after {time.monotonic() - lost_at:.1f} s")
@@ -161,7 +167,7 @@ class Session:
                     logger.warning(
                         "link.lost" if was_up else "broker.absent", broker=self._broker.host, port=self._broker.port, reason=reason
                     )
-                wait_s = backoff.delay_s(attempt, random.random(), first_s=self._backoff_s[0], most_s=self._backoff_s[1])
+                wait_s = backoff.delay_s(attempt, random.random(), first_s=self._reach.backoff_s[0], most_s=self._reach.backoff_s[1])
                 attempt += 1
             finally:
                 self._client = None

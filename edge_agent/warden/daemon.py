@@ -22,6 +22,7 @@ from edge_agent.warden.store import Store, StoreFailed
 from edge_agent.warden.trust import TrustFile
 from edge_agent.warden.verify import Refused, unvouched
 from skerry.runtime import keys, lifecycle, log, nvml, sdnotify, settings
+from skerry.runtime.proved_time import ProvedTime
 from skerry.wire import signing
 from skerry.wire.messages import RUNGS, Rung
 
@@ -90,7 +91,8 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     store = Store(config.state_dir)
     journal = Journal(config.state_dir / "journal.db", most=config.journal_entries)
 
-    documents = Documents(config, store, trust)
+    proved = ProvedTime(config.state_dir / "proved_time.json")
+    documents = Documents(config, store, trust, proved)
     desired = None
     try:
         desired = documents.load()
@@ -141,10 +143,12 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         task.add_done_callback(announcing.discard)
 
     reconciler.on_change = announce
+    reconciler.time_proof = lambda: proved.proof
     journal.on_add = announce
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(reconciler.run(stop), name="warden.reconcile")
         tasks.create_task(listener.serve(stop), name="warden.listener")
+        tasks.create_task(proved.run(stop), name="warden.proved_time")
         tasks.create_task(
             lifecycle.feed_watchdog(stop, lambda: time.monotonic() - reconciler.looked_at < STALLED_AFTER_S), name="warden.watchdog"
         )

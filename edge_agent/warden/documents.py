@@ -4,16 +4,22 @@ from edge_agent.warden.config import Config
 from edge_agent.warden.store import Store, StoreFailed
 from edge_agent.warden.trust import Trust, TrustFile
 from edge_agent.warden.verify import judge
+from skerry.runtime.proved_time import ProvedTime
 from skerry.wire.messages import Desired
 
 
 class Documents:
-    """The document on disk and whom the box trusts, which go together."""
+    """The document on disk, whom the box trusts and what it knows of the time, which go together.
 
-    def __init__(self, config: Config, store: Store, trust: TrustFile) -> None:
+    Serving depends on no clock. Whether a document is over is judged by the time that such documents proved.
+    """
+
+    def __init__(self, config: Config, store: Store, trust: TrustFile, time: ProvedTime) -> None:
         self._config = config
         self._store = store
         self._trust = trust
+        self._time = time
+        time.prove(trust.trust.since_ms)
 
     def _judge(self, envelope: bytes, held: Desired | None, *, is_own: bool) -> tuple[Desired, Trust]:
         return judge(
@@ -22,7 +28,7 @@ class Documents:
             fleet=self._config.fleet,
             node=self._config.node,
             held=held,
-            now_at_least_ms=self._trust.now_at_least_ms,
+            now_at_least_ms=self._time.now_at_least_ms(),
             is_own=is_own,
         )
 
@@ -32,8 +38,7 @@ class Documents:
         if own is None:
             return None
         desired, trust = own
-        if trust != self._trust.trust:
-            self._keep(trust)
+        self._keep(desired, trust)
         return desired
 
     def take(self, envelope: bytes, held: Desired | None) -> Desired:
@@ -41,10 +46,14 @@ class Documents:
         desired, trust = self._judge(envelope, held, is_own=False)
         if desired != held:
             self._store.save_desired(envelope)
-            self._keep(trust)  # after it: a document leads to its key by itself, and not the other way round
+            self._keep(desired, trust)  # after it: a document leads to its key by itself, and not the other way round
         return desired
 
-    def _keep(self, trust: Trust) -> None:
+    def _keep(self, desired: Desired, trust: Trust) -> None:
+        self._time.prove(desired.issued_at_ms)
+        self._time.keep()
+        if trust == self._trust.trust:
+            return
         try:
             self._trust.keep(trust)
         except OSError as exc:

@@ -29,6 +29,7 @@ from skerry.wire import codec
 from skerry.wire.box import RouteTable, State
 from skerry.wire.logs import UNKNOWN_REPLICA
 from skerry.wire.messages import RUNGS, Desired, LogsReply, LogsRequest, ModelRef, ReplicaSpec, Rung
+from skerry.wire.proof import Proof
 
 logger = log.get("warden.reconcile")
 
@@ -42,7 +43,8 @@ REFUSED_EVERY_S = 5.0
 
 
 class Reconciler:
-    """Owns the sandboxes of this box. ``wake`` asks for a look now; ``on_change`` hears of every new State."""
+    """Owns the sandboxes of this box. ``wake`` asks for a look now; ``on_change`` hears of every new State.
+    ``time_proof`` is what agent and gateway are told of the time."""
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class Reconciler:
         self._state: State | None = None
         self._routes: RouteTable | None = None
         self.on_change: Callable[[State], None] = lambda _: None
+        self.time_proof: Callable[[], Proof] = Proof
         self.looked_at = time.monotonic()
 
     @property
@@ -313,7 +316,7 @@ class Reconciler:
     def _publish(self) -> None:
         """Write the route table and tell the agent, each only where it changed."""
         statuses = self._roster.statuses(self.desired, self._waiting)
-        routes = routes_of(self.desired, statuses)
+        routes = routes_of(self.desired, statuses, self.time_proof())
         if routes != self._routes:
             try:
                 durable.write(self._config.routes_file, codec.encode(routes), mode=0o644, is_synced=False)
@@ -323,7 +326,7 @@ class Reconciler:
         rungs = sorted({driver.rung for driver in self._drivers}, key=RUNGS.index)
         by_replica = {status.spec.name: status for status in reversed(statuses)}
         reported = report_of(self.desired, by_replica, self._not_fetched, self._unvouched, self.refused)
-        state = State(reported, self._needs(), rungs, self._absent)
+        state = State(reported, self._needs(), rungs, self._absent, self.time_proof())
         if state != self._state:
             self._state = state
             self.on_change(state)

@@ -38,7 +38,7 @@ def judge(
     if desired != held and not is_own:
         _check_time(desired, trust.since_ms, now_at_least_ms)
     _check_replicas(desired)
-    return desired, trust.following(keys, desired.retired_keys, desired.issued_at_ms)
+    return desired, trust.following(keys, desired.retired_keys)
 
 
 def _check_time(desired: Desired, since_ms: int, now_at_least_ms: int) -> None:

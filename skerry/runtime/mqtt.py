@@ -18,11 +18,11 @@ CONNECT_TIMEOUT_S = 4.0
 OPERATION_TIMEOUT_S = 10.0
 
 
-def _tls(broker: Broker) -> ssl.SSLContext | None:
+def _tls(broker: Broker, judge: tls.Judge | None) -> ssl.SSLContext | None:
     if not broker.ca_file:
         return None
     try:
-        return tls.client(broker.ca_file, broker.cert_file, broker.key_file)
+        return tls.client(broker.ca_file, broker.cert_file, broker.key_file, judge=judge)
     except (OSError, ValueError) as exc:
         raise SettingsError(f"broker.ca_file, cert_file or key_file: {exc}") from exc
 
@@ -35,8 +35,12 @@ def will(topic: str, payload: bytes, *, delay_s: int) -> aiomqtt.Will:
 
 
 @contextlib.asynccontextmanager
-async def connected(broker: Broker, identifier: str, *, last_will: aiomqtt.Will | None, queue: int) -> AsyncIterator[aiomqtt.Client]:
+async def connected(
+    broker: Broker, identifier: str, *, last_will: aiomqtt.Will | None, queue: int, judge: tls.Judge | None = None
+) -> AsyncIterator[aiomqtt.Client]:
     """A connected client whose incoming messages wait in a queue of at most ``queue``; the broker keeps its session for an hour.
+
+    ``judge`` says whether the broker's certificate is over (see tls.client).
 
     Raises aiomqtt.MqttError when the broker does not answer and when it is lost.
     """
@@ -51,7 +55,7 @@ async def connected(broker: Broker, identifier: str, *, last_will: aiomqtt.Will 
         clean_start=False,
         properties=properties,
         keepalive=broker.keepalive_s,
-        tls_context=_tls(broker),
+        tls_context=_tls(broker, judge),
         timeout=CONNECT_TIMEOUT_S,
         max_queued_incoming_messages=queue,
     )

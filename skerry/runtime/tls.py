@@ -2,8 +2,9 @@
 
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 
@@ -11,20 +12,68 @@ NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python has no name for."""
 
 
-def client(ca_file: str, cert_file: str = "", key_file: str = "", *, own: str = "") -> ssl.SSLContext:
-    """A context that trusts ``ca_file`` alone, or the system's roots where it is empty, and shows ``cert_file``. ``own`` is this program's
-    certificate where it is not shown.
+class Judge:
+    """Whether other sides' certificates are over by the time that was proved to this box, whatever its clock says.
 
-    A box may have woken in 1970, or think that it is two years later than it is. While its clock says that its own certificate, which the
-    coordinator dated, has not begun or has ended, that clock proves nothing, and the other side's is not judged by it: who signed it and
-    whose it is are. Raises OSError and ValueError.
+    While that time is past the end of this side's own certificate, in ``own_file``, which the coordinator dated, it says nothing of others:
+    a coordinator whose clock was ahead for a day must not have cut its fleet off.
+    """
+
+    def __init__(self, now_at_least_ms: Callable[[], int], own_file: Path | None = None) -> None:
+        self._now_at_least_ms = now_at_least_ms
+        self._own_file = own_file
+
+    def is_over(self, others_end_ms: int) -> bool:
+        """Whether a certificate that ends then, Unix milliseconds, has ended."""
+        now_ms = self._now_at_least_ms()
+        return others_end_ms < now_ms and not self._own_is_over(now_ms)
+
+    def _own_is_over(self, now_ms: int) -> bool:
+        if self._own_file is None:
+            return False
+        try:
+            return ends_ms(x509.load_pem_x509_certificate(self._own_file.read_bytes())) < now_ms
+        except (OSError, ValueError):
+            return False
+
+    def rule(self, context: ssl.SSLContext) -> None:
+        """Have every handshake of ``context`` judged here, and not by the machine's clock.
+
+        That a certificate begins later than now is never known: only what has passed is.
+        """
+        forget_time(context)
+        context.sslobject_class = type("JudgedObject", (_Judged, ssl.SSLObject), {"judge": self})
+        context.sslsocket_class = type("JudgedSocket", (_Judged, ssl.SSLSocket), {"judge": self})
+
+
+class _Judged:
+    """A TLS connection that ends in its handshake where the other side's certificate is over."""
+
+    judge: Judge
+
+    def do_handshake(self, *args: Any) -> None:
+        """See ssl.SSLObject."""
+        super().do_handshake(*args)  # type: ignore[misc]
+        shown: bytes | None = self.getpeercert(binary_form=True)  # type: ignore[attr-defined]
+        if shown and self.judge.is_over(ends_ms(x509.load_der_x509_certificate(shown))):
+            raise ssl.SSLCertVerificationError(
+                "certificate verify failed: the other side's certificate has ended, by the time that was proved"
+            )
+
+
+def client(ca_file: str, cert_file: str = "", key_file: str = "", *, judge: Judge | None = None) -> ssl.SSLContext:
+    """A context that trusts ``ca_file`` alone, or the system's roots where it is empty, and shows ``cert_file``.
+
+    Whether the other side's certificate is over says ``judge``, else the clock of this machine; while that says that ``cert_file`` has not
+    begun or has ended, it proves nothing, and is not asked. Raises OSError and ValueError.
     """
     context = ssl.create_default_context(cafile=ca_file or None)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert_file:
         context.load_cert_chain(cert_file, key_file or None)
-    own = own or cert_file
-    if own and not holds(Path(own).read_bytes(), time.time()):
+    if judge is not None:
+        judge.rule(context)
+    elif cert_file and not holds(Path(cert_file).read_bytes(), time.time()):
         forget_time(context)
     return context
 
@@ -65,3 +114,8 @@ def holds(pem: bytes, now_s: float) -> bool:
     """Whether a certificate has begun and not ended by a clock that says ``now_s``. Raises ValueError."""
     certificate = x509.load_pem_x509_certificate(pem)
     return certificate.not_valid_before_utc.timestamp() <= now_s <= certificate.not_valid_after_utc.timestamp()
+
+
+def ends_ms(certificate: x509.Certificate) -> int:
+    """The last moment of a certificate, Unix milliseconds."""
+    return int(certificate.not_valid_after_utc.timestamp() * 1000)

@@ -6,6 +6,7 @@ The agent and the warden each treat the other's lines as hostile: the agent face
 import msgspec
 
 from skerry.wire.messages import Batching, CloudBudget, LogsReply, LogsRequest, ModelRef, Reported, Rung, SplitMode, Tier, Upstream
+from skerry.wire.proof import Proof
 
 MAX_LINE_BYTES = 1024 * 1024
 """Longest line on the warden's socket; a desired document is at most codec.MAX_MESSAGE_BYTES."""
@@ -57,6 +58,7 @@ class State(msgspec.Struct, frozen=True, tag="state"):
     needs: list[ModelRef] = []
     rungs: list[Rung] = []
     rungs_absent: dict[Rung, str] = {}
+    time: Proof = Proof()
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -107,6 +109,7 @@ class RouteTable(msgspec.Struct, frozen=True):
     generation: int = 0
     routes: list[Route] = []
     revoked: list[str] = []
+    time: Proof = Proof()
 
 
 class ServeTotals(msgspec.Struct, frozen=True):

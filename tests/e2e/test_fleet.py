@@ -1,6 +1,8 @@
 """A whole fleet, used as people use it: deployed to by the command line, asked by Triton's client, given nonsense, killed at random."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +18,11 @@ import onnx.helper as oh
 import pytest
 import tritonclient.http as triton
 
+from skerry.runtime.proved_time import uptime_ms
+from skerry.wire import codec
 from skerry.wire.api import SplitView
+from skerry.wire.box import RouteTable
+from skerry.wire.proof import Proof
 from tests.e2e.world import World, running, wait_until
 
 SCALE = """\
@@ -399,6 +405,19 @@ def test_a_restarted_warden_adopts_what_runs(world):
     wait_until(lambda: any(e.kind == "replica.adopted" for e in world.events(node="store-2")), 20)
     wait_until(lambda: world.deployment("scale").ready == 4, 20)
     assert json.loads(handle.read_text())["pid"] == before
+
+
+def test_what_documents_prove_of_the_time_reaches_the_boxs_other_programs(world):
+    folder = world.box("store-1").folder
+    now_ms = time.time_ns() // 10**6
+    told = codec.decode((folder / "routes.json").read_bytes(), RouteTable).time
+    assert now_ms - 3_600_000 < told.at_least_ms(uptime_ms()) <= now_ms, "the gateway"
+    kept = folder / "agent" / "proved_time.json"
+    os.kill(world.fleet.pid("store-1.agent"), signal.SIGTERM)
+    wait_until(kept.exists, 10)
+    assert codec.decode(kept.read_bytes(), Proof).at_least_ms(uptime_ms()) >= told.moment_ms, "the agent"
+    world.do(world.fleet.start_process("store-1.agent"))
+    wait_until(lambda: world.node("store-1").state == "online", 30)
 
 
 def test_deleting_a_deployment_drains_it_everywhere(world, scale_model):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -396,6 +397,36 @@ def test_a_box_whose_clock_is_wrong_by_years_is_online_all_the_same(fleet, clock
     timestamps = {json.loads(line)["timestamp"][:4] for line in box.log[before:].splitlines() if line.startswith("{")}
     assert timestamps
     assert str(time.gmtime().tm_year) not in timestamps, "the clock was not shifted"
+
+
+@pytest.mark.parametrize("clock", ["1970-01-02 00:00:00", "-3d"])
+def test_a_broker_whose_certificate_ended_before_the_box_joined_is_not_believed_whatever_the_boxs_clock_says(fleet, clock):
+    """With a clock of three days ago it would still be valid."""
+    program = shutil.which("faketime")
+    need("faketime", "" if program else "not installed")
+    box = joined(fleet, f"wary{'-1970' if clock.startswith('1970') else ''}")
+    fleet.programs[box.node].end()
+    key = ec.generate_private_key(ec.SECP256R1())
+    authority = Authority(fleet.ca, FLEET, now_ms=time.time_ns() // 10**6)
+    ten_days_ago = time.time_ns() // 10**6 - 10 * DAY_MS
+    ended = authority.issue(key.public_key(), Subject(FLEET, "broker", "b"), now_ms=ten_days_ago, life_ms=9 * DAY_MS, hosts=["127.0.0.1"])
+    (box.folder / "old.pem").write_bytes(keys.pem(key) + ended.chain.encode())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(box.folder / "old.pem")
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(WITHIN_S)
+        box.config.write_text(box.config.read_text().replace(f"port = {fleet.broker_port}", f"port = {listening.getsockname()[1]}"))
+        before = len(box.log)
+        box.start("env", "FAKETIME_DONT_FAKE_MONOTONIC=1", str(program), "-f", f"@{clock}" if clock.startswith("1970") else clock)
+        for _ in range(2):
+            raw, _ = listening.accept()
+            with raw, contextlib.suppress(OSError):
+                raw.settimeout(WITHIN_S)
+                with context.wrap_socket(raw, server_side=True) as secured:
+                    heard.append(secured.recv(100))
+    assert b"".join(heard) == b"", "not one byte was said to it"
+    wait_until(lambda: "has ended, by the time that was proved" in box.log[before:], WITHIN_S, lambda: box.log[before:])
 
 
 def test_a_certificate_of_another_authority_and_another_boxs_key_renew_nothing(fleet, tmp_path):

@@ -20,10 +20,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from coordinator.ca.authority import DAY_MS, Authority, requested_key
 from skerry.demo.fleet import free_ports
 from skerry.runtime import keys
+from skerry.runtime.proved_time import uptime_ms
 from skerry.wire import codec
 from skerry.wire.box import LocalReplica, Route, RouteTable
 from skerry.wire.identity import Role, Subject
 from skerry.wire.messages import Tier, Upstream
+from skerry.wire.proof import Proof
 from tests.integration.test_gateway import ScriptedWorker
 
 FLEET = "north"
@@ -80,10 +82,10 @@ class Gateway:
         finally:
             connection.close()
 
-    def sign(self) -> int:
+    def sign(self, *, life_ms: int = DAY_MS) -> int:
         """What agent and coordinator do with the request that the gateway left; returns the certificate's number."""
         key = requested_key((self.folder / "gateway.csr").read_text())
-        issued = self.authority.issue(key, Subject(FLEET, "gateway", self.node, self.site), now_ms=now_ms(), life_ms=DAY_MS)
+        issued = self.authority.issue(key, Subject(FLEET, "gateway", self.node, self.site), now_ms=now_ms(), life_ms=life_ms)
         staging = self.folder / "new.crt"
         staging.write_text(issued.chain)
         staging.rename(self.folder / "gateway.crt")
@@ -99,10 +101,11 @@ class Gateway:
         except OSError:
             return 0
 
-    def serve(self, *upstreams: Upstream, here: bool = True, revoked: tuple[str, ...] = ()) -> None:
+    def serve(self, *upstreams: Upstream, here: bool = True, revoked: tuple[str, ...] = (), proved_ms: int = 0) -> None:
         replicas = [LocalReplica("r-0", str(self.worker.path))] if here else []
         self.generation += 1
-        table = RouteTable(self.generation, [Route("echo", "echo", 1, 2000, replicas=replicas, upstreams=list(upstreams))], list(revoked))
+        routes = [Route("echo", "echo", 1, 2000, replicas=replicas, upstreams=list(upstreams))]
+        table = RouteTable(self.generation, routes, list(revoked), Proof(proved_ms, uptime_ms()))
         staging = self.folder / "routes.new"
         staging.write_bytes(codec.encode(table))
         staging.rename(self.folder / "routes.json")
@@ -259,6 +262,30 @@ def test_a_box_that_was_thrown_out_is_turned_away_within_a_second_on_a_connectio
                 one.serve()
                 await asyncio.sleep(1)
                 assert (await asyncio.to_thread(said, connection))[0] == 200
+
+    asyncio.run(scene())
+
+
+def test_a_neighbour_whose_certificate_ended_by_the_time_that_was_proved_is_turned_away_also_where_it_stands(folder, authority):
+    async def scene() -> None:
+        async with running(folder, authority, "store-1", "store-2") as (one, two):
+            one.sign(life_ms=30 * DAY_MS)
+            await asyncio.sleep(3)
+            neighbour = strangers(folder, authority)["a neighbour"][0]
+            connection = neighbour.connection(one)
+            with contextlib.closing(connection):
+                assert (await asyncio.to_thread(said, connection))[0] == 200
+                one.serve(proved_ms=now_ms() + 2 * DAY_MS)
+                await asyncio.sleep(1)
+                status, text = await asyncio.to_thread(said, connection)
+                assert (status, "has ended" in text) == (403, True), text
+            assert (await asyncio.to_thread(neighbour.ask, one))[0] == 0, "and comes not even through the door again"
+            assert (await asyncio.to_thread(one.ask))[0] == 200, "callers on the box are served all the same"
+            before = two.worker.calls
+            one.serve(two.as_upstream(), here=False, proved_ms=now_ms() + 2 * DAY_MS)
+            await asyncio.sleep(1)
+            assert (await asyncio.to_thread(one.ask))[0] == 503
+            assert two.worker.calls == before, "nor is anything passed on to one"
 
     asyncio.run(scene())
 

@@ -31,9 +31,11 @@ from tritonclient.utils import InferenceServerException, shared_memory
 from coordinator.ca.authority import DAY_MS, Authority
 from skerry.demo.fleet import free_ports
 from skerry.runtime import keys
+from skerry.runtime.proved_time import uptime_ms
 from skerry.wire import codec
 from skerry.wire.box import LocalReplica, Route, RouteTable
 from skerry.wire.identity import Subject
+from skerry.wire.proof import Proof
 from tests.e2e.world import wait_until
 from tests.integration.test_worker import start
 from tests.integration.test_worker_batches import model
@@ -96,7 +98,7 @@ class Program:
             self.workers[name] = path
         wait_until(lambda: all(path.exists() for path in self.workers.values()), WITHIN_S)
         routes = [Route(name, name, 1, 5000, replicas=[LocalReplica(f"{name}-0", str(path))]) for name, path in self.workers.items()]
-        (folder / "routes.json").write_bytes(codec.encode(RouteTable(1, routes)))
+        (folder / "routes.json").write_bytes(codec.encode(RouteTable(1, routes, time=Proof(now_ms(), uptime_ms()))))
         with (folder / "log").open("ab") as log:
             command = [sys.executable, "-m", "edge_agent.gateway", "--config", str(folder / "gateway.toml")]
             self._running.append(subprocess.Popen(command, stdout=log, stderr=log))

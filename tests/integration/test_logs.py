@@ -18,7 +18,7 @@ import pytest
 
 from edge_agent.link.commands import MOST_AT_A_TIME, Commands
 from edge_agent.link.outbox import Outbox
-from edge_agent.link.session import Session
+from edge_agent.link.session import Reach, Session
 from edge_agent.link.warden import WARDEN_ABSENT, WardenLink
 from edge_agent.warden.listener import MOST_READING, Listener
 from skerry.demo.broker import find_mosquitto
@@ -237,11 +237,9 @@ async def run_box(world: World, node: str, read_logs: ReadLogsOf, stop: asyncio.
     outbox = Outbox(Path(":memory:"), most_events=100, most_samples=100)
     commands = Commands(read_logs=read_logs, reply=reply)
     session = Session(
-        broker=broker_of(world),
+        reach=Reach(broker_of(world), 1, (0.1, 0.5)),
         fleet="demo",
         node=node,
-        will_delay_s=1,
-        backoff_s=(0.1, 0.5),
         outbox=outbox,
         birth=lambda epoch: Birth("edge", {}, "http://127.0.0.1:9", "b", epoch, "v", 4, 2**34, outbox_epoch=outbox.epoch),
         on_desired=lambda _: None,

@@ -67,6 +67,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Largest model that may be pushed."""
     queue: Annotated[int, msgspec.Meta(ge=100, le=1_000_000)] = 20_000
     """Messages from boxes that wait to be taken in."""
+    lost_after_s: Annotated[float, msgspec.Meta(ge=1)] = 60.0
+    """How long a box must be silent to be called lost. What is done about it each deployment says (``disconnect``)."""
     rollup_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 5
     """Width of a stored bucket of measurements."""
     keep_rollups_h: Annotated[int, msgspec.Meta(ge=1)] = 48

@@ -32,7 +32,7 @@ from coordinator.ingest import Ingest
 from coordinator.live import Live
 from coordinator.model_store import ModelStore
 from coordinator.news import News
-from coordinator.plan_loop import PlanLoop
+from coordinator.plan_loop import PlanLoop, Terms
 from coordinator.publish import Publisher
 from coordinator.registry.database import Database
 from coordinator.registry.migrations import TooNew
@@ -82,7 +82,11 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
     commands = Commands(ask_logs)
     session = FleetSession(config.broker, config.fleet, queue=queue, on_connected=on_connected, on_reply=commands.answered)
     publisher = Publisher(session, signer, database)
-    plan_loop = PlanLoop(database, publisher, news, signer, fleet=config.fleet, lifetime_ms=int(config.desired_days * DAY_MS))
+    plan_loop = PlanLoop(
+        database, publisher, news, signer,
+        fleet=config.fleet, terms=Terms(int(config.desired_days * DAY_MS), None, int(config.lost_after_s * 1000)),
+        listening_since_ms=lambda: session.listening_since_ms,
+    )  # fmt: skip
     evictions = Evictions(config.broker, authority, config.fleet, now_ms=_now_ms)
 
     async def thrown_out(node: str) -> None:
@@ -116,7 +120,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         news,
         keep_rollups_h=config.keep_rollups_h,
         keep_events=config.keep_events,
-        is_connected=lambda: session.is_connected,
+        listening_since_ms=lambda: session.listening_since_ms,
         refresh_list=enrolment.refresh_list,
         write_uses=directory.write_uses,
     )

@@ -31,7 +31,7 @@ class Housekeeping:
         *,
         keep_rollups_h: int,
         keep_events: int,
-        is_connected: Callable[[], bool],
+        listening_since_ms: Callable[[], int],
         refresh_list: Callable[[], Awaitable[None]],
         write_uses: Callable[[], Awaitable[None]],
     ) -> None:
@@ -40,10 +40,9 @@ class Housekeeping:
         self._news = news
         self._keep_rollups_h = keep_rollups_h
         self._keep_events = keep_events
-        self._is_connected = is_connected
+        self._listening_since_ms = listening_since_ms
         self._refresh_list = refresh_list
         self._write_uses = write_uses
-        self._connected_since_ms = 0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop`` is set."""
@@ -61,15 +60,14 @@ class Housekeeping:
 
     async def _notice_silence(self) -> None:
         now_ms = time.time_ns() // 1_000_000
-        if not self._is_connected():
-            self._connected_since_ms = 0
+        listening_since_ms = self._listening_since_ms()
+        if not listening_since_ms:
             return
-        self._connected_since_ms = self._connected_since_ms or now_ms
         boxes = {node.id: node for node in await self._database.read(nodes.read_nodes) if node.online}
         gone = silent(
             {node.id: node.changed_at_ms for node in boxes.values()},
             self._live.heard_at_ms,
-            connected_since_ms=self._connected_since_ms,
+            connected_since_ms=listening_since_ms,
             now_ms=now_ms,
         )
         if not gone:

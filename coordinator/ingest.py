@@ -224,8 +224,7 @@ def _save_one(tables: Tables, node: str, message: msgspec.Struct, settled: _Sett
     match message:
         case Presence():
             if nodes.save_presence(tables, node, message, now_ms):
-                kind = "node.online" if message.online else "node.offline"
-                events.add_own_event(tables, node, kind, node, f"session {message.session_epoch}", now_ms)
+                _note_presence(tables, node, message, now_ms)
                 settled.topics |= {"nodes", "events"}
                 settled.replan = True
         case Birth():
@@ -243,3 +242,12 @@ def _save_one(tables: Tables, node: str, message: msgspec.Struct, settled: _Sett
                 settled.topics.add("events")
         case _:
             pass
+
+
+def _note_presence(tables: Tables, node: str, presence: Presence, now_ms: int) -> None:
+    if presence.online:
+        events.add_own_event(tables, node, "node.online", node, f"session {presence.session_epoch}", now_ms)
+    elif presence.is_goodbye:
+        events.add_own_event(tables, node, "node.offline", node, f"its agent signed off, session {presence.session_epoch}", now_ms)
+    else:
+        events.add_own_event(tables, node, "node.silent", node, "nothing heard: a crash can't be told from a cut link", now_ms)

@@ -4,15 +4,16 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 from sqlite_utils import Database as Tables
 
 from coordinator.core import planner
+from coordinator.core.liveness import Ear
 from coordinator.news import News
 from coordinator.publish import Publisher
-from coordinator.registry import deployments, identity, models, nodes
+from coordinator.registry import deployments, events, identity, models, nodes
 from coordinator.registry.database import Database, RegistryFailed
 from coordinator.session import NotConnected
 from coordinator.signer.client import Signer, SignerAbsent
@@ -27,13 +28,17 @@ logger = log.get("coordinator.plan")
 GATHER_S = 0.02
 """Changes that come together are planned together."""
 AGAIN_S = 60.0
+DOUBLED_AGAIN_MS = 2_000
+"""While a replica runs on two boxes of which one is to go."""
+SOONEST_AGAIN_S = 1.0
+"""Where silence is counted: until everybody could be heard after a connect, it does not go on."""
 UNSIGNED_AGAIN_S = 2.0
 """While the signer is away."""
 ENVELOPE_BYTES = 512
 """What signing adds to a document."""
 
 
-def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None) -> planner.Node | None:
+def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None, ear: Ear) -> planner.Node | None:
     """A box as the planner sees it; None for one that has not said what it is, and for one that was thrown out.
 
     The tier and labels that it was enrolled with stand above those that it says.
@@ -51,15 +56,18 @@ def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None) -> planner
         gpu_memory_bytes=sum(gpu.memory_mib for gpu in birth.gpus) * 2**20,
         rungs=birth.rungs,
         rungs_absent=birth.rungs_absent,
+        silent_ms=stored.contact.silent_ms(ear.heard_until_ms),
+        ready=frozenset(replica.name for replica in (stored.reported.replicas if stored.reported else []) if replica.phase == "ready"),
     )
 
 
 class Terms(msgspec.Struct, frozen=True):
     """Under which documents are made: how long they may be taken, and which signing keys are the fleet's no more; None while the signer
-    has not said."""
+    has not said. And how long a box must be silent to be called lost."""
 
     lifetime_ms: int
     retired_keys: list[str] | None
+    lost_after_ms: int = 60_000
 
 
 def is_stale(document: Desired | None, terms: Terms, *, enrolled_at_ms: int, now_ms: int) -> bool:
@@ -75,10 +83,21 @@ def is_stale(document: Desired | None, terms: Terms, *, enrolled_at_ms: int, now
     return is_old or is_long or is_other or document.issued_at_ms < enrolled_at_ms
 
 
-def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms) -> list[Desired]:
-    """Plan and keep the plan; returns the documents that changed."""
+class Replanned(msgspec.Struct, frozen=True):
+    """The documents that changed, and when the plan may be another although nothing happened (Unix milliseconds)."""
+
+    changed: list[Desired]
+    again_at_ms: int | None = None
+
+
+def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_since_ms: int = 0) -> Replanned:
+    """Plan and keep the plan. ``listening_since_ms`` is when the coordinator last connected to the broker; 0 while it is not connected."""
     enrolled, thrown_out = identity.read_enrolled(tables), identity.read_thrown_out(tables)
-    boxes = [box for stored in nodes.read_nodes(tables) if (box := node_of(stored, enrolled.get(stored.id))) is not None]
+    ear = nodes.read_ear(tables).after(listening_since_ms=listening_since_ms, now_ms=now_ms)
+    nodes.save_ear(tables, ear)
+    stored_nodes = nodes.read_nodes(tables)
+    _note_lost(tables, stored_nodes, ear, terms.lost_after_ms, now_ms)
+    boxes = [box for stored in stored_nodes if (box := node_of(stored, enrolled.get(stored.id), ear)) is not None]
     sites = {box.id: box.labels.get(SITE, "") for box in boxes if box.tier == "edge"}  # the cloud hears of all who were thrown out
     stored_models = {(model.ref.name, model.ref.version): model for model in models.read_models(tables)}
     wanted = [
@@ -116,7 +135,39 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms) -> list[Des
     outcomes = {name: _with_sizes(outcome, too_large) for name, outcome in plan.outcomes.items()}
     if outcomes != deployments.read_outcomes(tables):
         deployments.save_outcomes(tables, outcomes)
-    return changed
+    _note_moves(tables, plan, before, now_ms)
+    limits = {terms.lost_after_ms, *(want.spec.disconnect.lost_after_ms for want in wanted)}
+    times = [stored.contact.next_change_ms(ear.heard_until_ms, limits) for stored in stored_nodes]
+    if any(planner.is_doubled(outcome) for outcome in plan.outcomes.values()):
+        times.append(now_ms + DOUBLED_AGAIN_MS)
+    return Replanned(changed, min((at_ms for at_ms in times if at_ms is not None), default=None))
+
+
+def _note_lost(tables: Tables, stored_nodes: list[nodes.Node], ear: Ear, lost_after_ms: int, now_ms: int) -> None:
+    """Write down which boxes are lost from now on, and which are back."""
+    for stored in stored_nodes:
+        silent_ms = stored.contact.silent_ms(ear.heard_until_ms)
+        is_lost = silent_ms >= lost_after_ms
+        if is_lost == stored.is_lost:
+            continue
+        nodes.save_lost(tables, stored.id, is_lost=is_lost)
+        kind = "node.lost" if is_lost else "node.back"
+        text = f"silent for {silent_ms // 1000} s" if is_lost else "heard steadily again"
+        events.add_own_event(tables, stored.id, kind, stored.id, text, now_ms)
+
+
+def _note_moves(tables: Tables, plan: planner.Plan, before: Mapping[str, Desired], now_ms: int) -> None:
+    """Write down what runs elsewhere from now on, in place of a lost box's, and what does no more."""
+    for node, part in plan.boxes.items():
+        old = {replica.name: replica for replica in before[node].replicas} if node in before else {}
+        new = {replica.name: replica for replica in part.replicas}
+        for name in new.keys() - old.keys():
+            if new[name].replaces:
+                events.add_own_event(tables, node, "replica.replaces", name, f"in place of {new[name].replaces}, which is lost", now_ms)
+        for name in old.keys() - new.keys():
+            elsewhere = sorted(other for other, box in plan.boxes.items() if any(replica.name == name for replica in box.replicas))
+            if elsewhere:
+                events.add_own_event(tables, node, "replica.moved", name, f"it runs on {elsewhere[0]}, and here no more", now_ms)
 
 
 def _signatures_of(replicas: list[ReplicaSpec], stored: Mapping[tuple[str, int], models.Model]) -> dict[str, Bundle]:
@@ -138,13 +189,25 @@ def _with_sizes(outcome: planner.Outcome, too_large: dict[str, int]) -> planner.
 class PlanLoop:
     """``wake`` asks for a plan."""
 
-    def __init__(self, database: Database, publisher: Publisher, news: News, signer: Signer, *, fleet: str, lifetime_ms: int) -> None:
+    def __init__(
+        self,
+        database: Database,
+        publisher: Publisher,
+        news: News,
+        signer: Signer,
+        *,
+        fleet: str,
+        terms: Terms,
+        listening_since_ms: Callable[[], int],
+    ) -> None:
         self._database = database
         self._publisher = publisher
         self._news = news
         self._signer = signer
         self._fleet = fleet
-        self._terms = Terms(lifetime_ms, None)
+        self._terms = terms
+        self._listening_since_ms = listening_since_ms
+        self._again_at_ms: int | None = None
         self._wake = asyncio.Event()
         self._wake.set()
 
@@ -155,11 +218,18 @@ class PlanLoop:
     async def run(self, stop: asyncio.Event) -> None:
         """Plan until ``stop`` is set."""
         while not stop.is_set():
-            await lifecycle.first_of(self._wake, stop, within_s=UNSIGNED_AGAIN_S if self._publisher.unsigned else AGAIN_S)
+            await lifecycle.first_of(self._wake, stop, within_s=self._pause_s())
             if await lifecycle.sleep_until(stop, GATHER_S):
                 return
             self._wake.clear()
             await self._plan()
+
+    def _pause_s(self) -> float:
+        if self._publisher.unsigned:
+            return UNSIGNED_AGAIN_S
+        if self._again_at_ms is None:
+            return AGAIN_S
+        return min(AGAIN_S, max(SOONEST_AGAIN_S, (self._again_at_ms - time.time_ns() // 1_000_000) / 1000))
 
     async def _plan(self) -> None:
         started = time.perf_counter()
@@ -167,12 +237,16 @@ class PlanLoop:
             with contextlib.suppress(SignerAbsent):  # what was known last holds
                 self._terms = msgspec.structs.replace(self._terms, retired_keys=(await self._signer.keys()).retired)
             now_ms, terms = time.time_ns() // 1_000_000, self._terms
-            changed = await self._database.write(lambda tables: replan(tables, fleet=self._fleet, now_ms=now_ms, terms=terms))
+            since_ms = self._listening_since_ms()
+            planned = await self._database.write(
+                lambda tables: replan(tables, fleet=self._fleet, now_ms=now_ms, terms=terms, listening_since_ms=since_ms)
+            )
         except (RegistryFailed, msgspec.DecodeError, codec.Malformed) as exc:
             logger.error("plan.failed", reason=str(exc))
             return
         with contextlib.suppress(NotConnected):  # all are told again after the next connect
             await self._publisher.publish_unsigned()
+        changed, self._again_at_ms = planned.changed, planned.again_at_ms
         for document in changed:
             try:
                 await self._publisher.publish(document)

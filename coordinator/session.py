@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 
 import aiomqtt
@@ -37,6 +38,12 @@ class FleetSession:
         self._on_connected = on_connected
         self._on_reply = on_reply
         self._client: aiomqtt.Client | None = None
+        self._since_ms = 0
+
+    @property
+    def listening_since_ms(self) -> int:
+        """When the broker last answered, Unix milliseconds; 0 while it is not there."""
+        return self._since_ms if self._client is not None else 0
 
     @property
     def is_connected(self) -> bool:
@@ -78,7 +85,7 @@ class FleetSession:
     async def _converse(self, client: aiomqtt.Client, stop: asyncio.Event) -> None:
         for pattern in topics.up_filters(self._fleet):
             await client.subscribe(pattern, qos=1)
-        self._client = client
+        self._client, self._since_ms = client, time.time_ns() // 1_000_000
         tasks = [
             asyncio.create_task(stop.wait(), name="coordinator.session.stop"),
             asyncio.create_task(self._listen(client), name="coordinator.session.listen"),

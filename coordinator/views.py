@@ -1,11 +1,14 @@
 """What the API and the console show, put together from the registry and from what is only true now."""
 
 import time
+from collections.abc import Mapping
 
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core.planner import Outcome
+from coordinator.core.deployment import Deployment
+from coordinator.core.outlook import outlook
+from coordinator.core.planner import Outcome, Placement
 from coordinator.live import Live
 from coordinator.registry import deployments, events, identity, measurements, models, nodes
 from coordinator.registry.database import Database
@@ -21,7 +24,9 @@ from skerry.wire.api import (
     LoadPoint,
     LoadView,
     ModelView,
+    NodeState,
     NodeView,
+    Outlook,
     PlacementView,
     RefusalView,
     ServeView,
@@ -50,7 +55,11 @@ class Views:
             desired = nodes.read_desired(tables)
             streams = events.read_accounts(tables)
             enrolled = identity.read_enrolled(tables)
-            return [self._node(node, desired.get(node.id), streams, enrolled.get(node.id)) for node in nodes.read_nodes(tables)]
+            specs = {stored.name: stored.spec for stored in deployments.read_deployments(tables)}
+            return [
+                self._node(node, told := desired.get(node.id), streams, enrolled.get(node.id), _outlook(node, told, specs))
+                for node in nodes.read_nodes(tables)
+            ]
 
         return await self._database.read(work)
 
@@ -58,13 +67,22 @@ class Views:
         """One box."""
         return next((node for node in await self.nodes() if node.id == name), None)
 
-    def _node(self, node: Node, desired: Desired | None, streams: list[events.Account], enrolment: identity.Enrolment | None) -> NodeView:
+    def _node(
+        self,
+        node: Node,
+        desired: Desired | None,
+        streams: list[events.Account],
+        enrolment: identity.Enrolment | None,
+        ahead: list[Outlook],
+    ) -> NodeView:
         birth, reported = node.birth, node.reported
         is_out = enrolment is not None and enrolment.revoked_at_ms > 0
         sample = self._live.samples.get(node.id)
         return NodeView(
             id=node.id,
-            state="revoked" if is_out else "online" if node.online else "offline" if birth else "new",
+            state="revoked" if is_out else _state(node),
+            silent_since_ms=0 if node.online else node.silent_since_ms,
+            outlook=ahead,
             tier=enrolment.tier if enrolment else birth.tier if birth else None,
             labels=(birth.labels if birth else {}) | (enrolment.labels if enrolment else {}),
             is_enrolled=enrolment is not None and not is_out,
@@ -126,14 +144,19 @@ class Views:
         spec = stored.spec
         specs = {(node, replica.name): replica for node, document in desired.items() for replica in document.replicas}
         placements = [
-            _placement(p.node, p.replica, p.reason, specs.get((p.node, p.replica)), reports.get((p.node, p.replica)))
-            for p in (outcome.placements if outcome else [])
+            _placement(p, specs.get((p.node, p.replica)), reports.get((p.node, p.replica))) for p in (outcome.placements if outcome else [])
         ]
         return DeploymentView(
             name=stored.name,
             generation=stored.generation,
             model=f"{spec.model}:{spec.version}",
-            ready=sum(1 for placement in placements if placement.phase == "ready" and placement.is_current),
+            ready=len(
+                {
+                    (placement.replica, placement.node if spec.replicas.count is None else "")
+                    for placement in placements
+                    if placement.phase == "ready" and placement.is_current and not placement.is_lost
+                }
+            ),
             wanted=outcome.wanted if outcome else 0,
             placements=placements,
             refusals=[RefusalView(refusal.node, refusal.reason) for refusal in (outcome.refusals if outcome else [])],
@@ -237,14 +260,37 @@ class Views:
         )
 
 
-def _placement(node: str, replica: str, reason: str, spec: ReplicaSpec | None, report: ReplicaReport | None) -> PlacementView:
+def _state(node: Node) -> NodeState:
+    if node.online:
+        return "online"
+    if node.birth is None:
+        return "new"
+    return "offline" if node.said_goodbye else "lost" if node.is_lost else "unknown"
+
+
+def _outlook(node: Node, desired: Desired | None, specs: Mapping[str, Deployment]) -> list[Outlook]:
+    if node.online or desired is None or not node.silent_since_ms:
+        return []
+    runs: dict[str, list[str]] = {}
+    for replica in desired.replicas:
+        runs.setdefault(replica.deployment, []).append(replica.name)
+    known = [(specs[name], names) for name, names in runs.items() if name in specs]
+    return [Outlook(step.at_ms, step.deployment, step.text) for step in outlook(node.silent_since_ms, known)]
+
+
+def _placement(placed: Placement, spec: ReplicaSpec | None, report: ReplicaReport | None) -> PlacementView:
     is_current = spec is not None and report is not None and report.generation == spec.generation and report.sha256 == spec.model.sha256
     if report is None:
-        return PlacementView(node, replica, reason, "pending", is_current=False, status="the box has not reported it yet")
+        return PlacementView(
+            placed.node, placed.replica, placed.reason, "pending", is_current=False, status="the box has not reported it yet",
+            is_lost=placed.is_lost, replaces=placed.replaces,
+        )  # fmt: skip
     return PlacementView(
-        node=node,
-        replica=replica,
-        reason=reason,
+        node=placed.node,
+        replica=placed.replica,
+        reason=placed.reason,
+        is_lost=placed.is_lost,
+        replaces=placed.replaces,
         phase=report.state,
         is_current=is_current,
         status=report.reason,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_agent.core.report import ReplicaStatus, report_of
+from edge_agent.core.report import ReplicaStatus, Withheld, report_of
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.session import Reach, Session
 from skerry import __version__
@@ -167,7 +167,7 @@ class SimulatedBox:
             self._report()
 
     def _report(self) -> None:
-        self._session.report(report_of(self.desired, self._replicas, {}, {}, ""))
+        self._session.report(report_of(self.desired, self._replicas, {}, Withheld(), ""))
 
     # -- the pretended gateway and machine
 

@@ -119,11 +119,13 @@ def _totals(split: SplitView) -> dict[str, int]:
 
 
 def _silent(nodes: Sequence[NodeView]) -> list[str]:
-    return [node.id for node in nodes if node.state == "offline"]
+    return [node.id for node in nodes if node.is_silent]
 
 
 def _needs_a_look(node: NodeView) -> bool:
-    return node.state == "offline" or bool(node.refused) or any(replica.phase in ("backoff", "failed") for replica in node.replicas)
+    return (
+        node.state in ("unknown", "lost") or bool(node.refused) or any(replica.phase in ("backoff", "failed") for replica in node.replicas)
+    )
 
 
 def deployment_mark(view: DeploymentView) -> Mark:

@@ -62,15 +62,18 @@ def _of_the_broker(status: StatusView) -> Iterable[Trouble]:
 
 def _of_a_node(node: NodeView) -> Iterable[Trouble]:
     href = f"/nodes/{node.id}"
-    if node.state == "offline":
-        yield Trouble("bad", node.id, href, "can't tell a crash from a cut link", node.changed_at_ms)
+    if node.state in ("unknown", "lost"):
+        level: Level = "bad" if node.state == "lost" else "warn"
+        yield Trouble(level, node.id, href, "can't tell a crash from a cut link", node.silent_since_ms)
+    elif node.state == "offline":
+        yield Trouble("warn", node.id, href, "its agent signed off", node.silent_since_ms)
     if node.refused:
         yield Trouble("bad", node.id, href, f"refuses what it is told: {node.refused}")
     elif node.state == "online" and node.reported_generation != node.generation:
         yield Trouble("busy", node.id, href, f"generation {node.generation} is wanted, it reports {node.reported_generation}")
     for replica in node.replicas:
         if replica.phase in ("backoff", "failed"):
-            level: Level = "bad" if replica.phase == "failed" else "warn"
+            level = "bad" if replica.phase == "failed" else "warn"
             yield Trouble(level, node.id, href, f"{replica.name} {replica.state.replace('_', ' ')}: {replica.reason or 'no reason given'}")
 
 

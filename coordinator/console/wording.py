@@ -35,7 +35,9 @@ class Share(msgspec.Struct, frozen=True):
 
 NODE_MARKS: dict[str, Mark] = {
     "online": Mark("good", "●", "online"),
-    "offline": Mark("bad", "✕", "silent"),
+    "unknown": Mark("warn", "▲", "silent"),
+    "lost": Mark("bad", "✕", "lost"),
+    "offline": Mark("idle", "○", "signed off"),
     "new": Mark("idle", "○", "not seen yet"),
     "revoked": Mark("idle", "⊘", "thrown out"),
 }
@@ -51,14 +53,16 @@ PHASE_MARKS: dict[str, Mark] = {
 }
 SYMBOLS: dict[Level, str] = {"good": "●", "busy": "◐", "warn": "▲", "bad": "✕", "idle": "○"}
 _EVENT_ENDINGS: dict[str, Level] = {
-    "silent": "bad",
-    "offline": "bad",
+    "silent": "warn",
+    "offline": "idle",
     "damaged": "bad",
     "failed": "bad",
     "refused": "bad",
     "lost": "warn",
     "ended": "warn",
+    "replaces": "warn",
     "online": "good",
+    "back": "good",
     "up": "good",
     "ready": "good",
 }

@@ -24,6 +24,11 @@ MAX_WAIT_US = 1_000_000
 MAX_BYTES_PER_HOUR = 2**50
 """1 PiB: no link carries more, and every reader can hold the number."""
 
+LEAST_SILENCE_MS = 1000
+MOST_SILENCE_MS = 10 * 365 * 86_400_000
+"""Of ``lost_after`` and ``stop_on_box_after``."""
+
+Reconcile = Literal["keep_original", "keep_replacement"]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 
 _IMAGE = re.compile(r"sha256:[0-9a-f]{64}")
@@ -98,11 +103,11 @@ class Batches(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Disconnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What becomes of a box that is silent."""
+    """What becomes of the replicas of a box that is silent; see Policy."""
 
     lost_after: str = "60s"
     replace: bool = False
-    reconcile: str = "keep_original"
+    reconcile: Reconcile = "keep_original"
     stop_on_box_after: str = "never"
 
 
@@ -150,6 +155,17 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rollout: Rollout | None = None
 
 
+class Policy(msgspec.Struct, frozen=True):
+    """What becomes of the replicas of a box that is silent. Until ``lost_after_ms`` nothing; then, with ``replace``, each is started on
+    another box too, and ``reconcile`` says which one stays once both are there. The box itself stops them after ``stop_on_box_after_ms``
+    without a link; 0 for never."""
+
+    lost_after_ms: int = 60_000
+    replace: bool = False
+    reconcile: Reconcile = "keep_original"
+    stop_on_box_after_ms: int = 0
+
+
 class Deployment(msgspec.Struct, frozen=True):
     """A checked deployment; sizes in bytes, the model by name and version."""
 
@@ -173,6 +189,7 @@ class Deployment(msgspec.Struct, frozen=True):
     update: UpdateMode = "hand_over_if_room"
     batching: Batching = Batching()
     cloud_budget: CloudBudget | None = None
+    disconnect: Policy = Policy()
 
 
 def parse(text: str) -> Deployment:
@@ -314,15 +331,16 @@ def _checked(spec: Spec) -> Deployment:
         update=_update_mode(spec.update),
         batching=_batching(spec.batching),
         cloud_budget=_cloud_budget(spec.split.cloud_budget),
+        disconnect=_policy(spec.disconnect or Disconnect()),
     )
 
 
 def _warnings(spec: Spec) -> list[str]:
-    found = [
-        f"{key}: kept with the deployment, but this version does not act on it yet"
-        for key, given in (("disconnect", spec.disconnect), ("rollout", spec.rollout))
-        if given is not None
-    ]
+    found = []
+    if spec.rollout is not None:
+        found.append("rollout: kept with the deployment, but this version does not act on it yet")
+    if spec.disconnect is not None and spec.disconnect.replace and spec.replicas.count is None:
+        found.append("disconnect.replace: nothing is placed elsewhere, since per_node gives every box its own; it acts on count")
     if spec.server is not None and spec.batching.max_batch > 1:
         found.append("batching: a server of one's own gets each request by itself, and forms batches where it does so itself")
     return found
@@ -352,15 +370,29 @@ def _cloud_budget(budget: Budget | None) -> CloudBudget | None:
 
 
 def _check_durations(spec: Spec) -> None:
-    for field, text in (
-        ("disconnect.lost_after", spec.disconnect and spec.disconnect.lost_after),
-        ("rollout.observe", spec.rollout and spec.rollout.observe),
-    ):
-        if text:
-            try:
-                units.parse_duration_ms(text)
-            except ValueError as exc:
-                raise DeploymentError(str(exc), field=field) from exc
+    if spec.rollout is not None:
+        _duration_ms(spec.rollout.observe, "rollout.observe")
+
+
+def _duration_ms(text: str, field: str) -> int:
+    try:
+        return units.parse_duration_ms(text)
+    except ValueError as exc:
+        raise DeploymentError(str(exc), field=field) from exc
+
+
+def _policy(disconnect: Disconnect) -> Policy:
+    lost_after_ms = _silence_ms(disconnect.lost_after, "disconnect.lost_after")
+    stop = disconnect.stop_on_box_after
+    stop_after_ms = 0 if stop == "never" else _silence_ms(stop, "disconnect.stop_on_box_after")
+    return Policy(lost_after_ms, disconnect.replace, disconnect.reconcile, stop_after_ms)
+
+
+def _silence_ms(text: str, field: str) -> int:
+    silence_ms = _duration_ms(text, field)
+    if not LEAST_SILENCE_MS <= silence_ms <= MOST_SILENCE_MS:
+        raise DeploymentError(f"{text[:40]!r} is not between 1s and 10 years", field=field)
+    return silence_ms
 
 
 def _update_mode(update: Update) -> UpdateMode:

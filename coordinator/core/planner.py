@@ -1,7 +1,8 @@
 """Which box runs what, and why. Pure: the same fleet and deployments give the same plan, with a reason for every yes and no.
 
 Deployments are placed in order of age, and what already runs somewhere stays there as long as it may. A silent box keeps
-its replicas: from here a crash can't be told from a cut link.
+its replicas: from here a crash can't be told from a cut link. Where the deployment says so, what a lost box runs is run elsewhere too,
+and once both are there again one of them goes.
 """
 
 from bisect import bisect
@@ -36,6 +37,10 @@ class Node(msgspec.Struct, frozen=True):
     gpu_memory_bytes: int
     rungs: list[Rung]
     rungs_absent: dict[Rung, str] = {}
+    silent_ms: int = 0
+    """How long it was not heard; 0 for one that is there."""
+    ready: frozenset[str] = frozenset()
+    """Replicas that it last said are ready."""
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -47,11 +52,14 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class Placement(msgspec.Struct, frozen=True):
-    """A replica on a box, and why there."""
+    """A replica on a box, and why there. ``is_lost``: the box is lost, as the deployment sees it; ``replaces`` is the box in whose
+    place it runs."""
 
     node: str
     replica: str
     reason: str
+    is_lost: bool = False
+    replaces: str = ""
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -176,10 +184,10 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
     """The plan for all boxes. ``wanted`` in order of age; ``before`` is what each box was last told to do."""
     ordered = sorted(nodes, key=lambda node: node.id)
     free = {node.id: _Free(node) for node in ordered}
-    homes: dict[str, set[str]] = {}
+    homes: dict[str, dict[str, str]] = {}
     for node_id, box in before.items():
         for replica in box.replicas:
-            homes.setdefault(replica.name, set()).add(node_id)
+            homes.setdefault(replica.name, {})[node_id] = replica.replaces
     by_id = {node.id: node for node in ordered}
     outcomes: dict[str, Outcome] = {}
     replicas: dict[str, list[ReplicaSpec]] = {node.id: [] for node in ordered}
@@ -190,7 +198,7 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
         hosts[want.spec.name] = _Hosts(by_id[node] for node in sorted({placement.node for placement in outcome.placements}))
         for placement in outcome.placements:
             old = next((r for r in before.get(placement.node, BoxPlan()).replicas if r.name == placement.replica), None)
-            replicas[placement.node].append(_replica(want, placement.replica, old))
+            replicas[placement.node].append(_replica(want, placement, old))
     boxes = {
         node.id: BoxPlan(
             replicas=sorted(replicas[node.id], key=lambda replica: replica.name),
@@ -201,8 +209,8 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
     return Plan(boxes, outcomes)
 
 
-def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, set[str]]) -> Outcome:
-    """Find places for one deployment; ``homes`` are, by replica, the boxes that run it now."""
+def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, Mapping[str, str]]) -> Outcome:
+    """Find places for one deployment; ``homes`` are, by replica, the boxes that run it now, each with the box in whose place it does."""
     spec = want.spec
     asked = spec.replicas.count or 0
     if want.model is None:
@@ -223,7 +231,10 @@ def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], homes: M
                 refusals[node.id] = _no_room(free[node.id], spec)
         elif node.id not in used:
             refusals[node.id] = "not needed: there are enough replicas elsewhere"
-    problem = "" if len(placements) == asked else f"{asked - len(placements)} of {asked} replicas found no box with room"
+    found = len({placement.replica for placement in placements}) if spec.replicas.count is not None else len(placements)
+    problem = "" if found == asked else f"{asked - found} of {asked} replicas found no box with room"
+    if not problem and (lost := _without_room(spec, placements)):
+        problem = f"{lost} of {asked} replicas run on boxes that are lost, and no other box has room"
     return Outcome(
         asked, placements, [Refusal(node, reason) for node, reason in sorted(refusals.items())], problem if fitting else "no box fits"
     )
@@ -234,34 +245,90 @@ def _place_on_each(spec: Deployment, per_node: int, fitting: Sequence[Node], fre
     for node in fitting:
         for index in range(min(per_node, free[node.id].room_for(spec))):
             free[node.id].take(spec)
-            placements.append(Placement(node.id, f"{spec.name}-{index}", _why(node, spec)))
+            placements.append(Placement(node.id, f"{spec.name}-{index}", _why(node, spec), _is_lost(node, spec)))
     return placements
 
 
+def _is_lost(node: Node, spec: Deployment) -> bool:
+    return node.silent_ms >= spec.disconnect.lost_after_ms
+
+
+def is_doubled(outcome: Outcome) -> bool:
+    """Whether a replica runs on two boxes that are both there."""
+    there = Counter(placement.replica for placement in outcome.placements if not placement.is_lost)
+    return any(count > 1 for count in there.values())
+
+
+def _without_room(spec: Deployment, placements: Iterable[Placement]) -> int:
+    """How many replicas run on lost boxes alone although they are to be replaced."""
+    if spec.replicas.count is None or not spec.disconnect.replace:
+        return 0
+    there = {placement.replica for placement in placements if not placement.is_lost}
+    return len({placement.replica for placement in placements} - there)
+
+
 def _place_count(
-    spec: Deployment, asked: int, fitting: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, set[str]]
+    spec: Deployment, asked: int, fitting: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, Mapping[str, str]]
 ) -> list[Placement]:
-    """Each replica where it ran before if it may, else on the box with the fewest of this deployment and the most room.
+    """Each replica where it ran before if it may, else on the box with the fewest of this deployment and the most room; one that has
+    only lost homes is placed elsewhere too, where the deployment says so.
 
     Those that stay are placed first, so that none loses its room to one that has to move.
     """
     names = [f"{spec.name}-{index}" for index in range(asked)]
-    placed: dict[str, Placement] = {}
+    placed: dict[str, list[Placement]] = {name: [] for name in names}
     used: Counter[str] = Counter()
-    for stays in (True, False):
-        for name in names:
-            if name in placed or (stays and name not in homes):
-                continue
-            candidates = [n for n in fitting if free[n.id].room_for(spec) >= 1 and (not stays or n.id in homes[name])]
-            if not candidates and stays:
-                continue
-            if not candidates:
-                break
+
+    def take(name: str, node: Node, why: str, replaces: str) -> None:
+        free[node.id].take(spec)
+        used[node.id] += 1
+        placed[name].append(Placement(node.id, name, f"{_why(node, spec)}; {why}", _is_lost(node, spec), replaces))
+
+    def has_room(node: Node) -> bool:
+        return free[node.id].room_for(spec) >= 1
+
+    for name in names:
+        held = homes.get(name, {})
+        for node, why in _staying(name, [n for n in fitting if n.id in held and has_room(n)], spec, held):
+            if has_room(node):
+                take(name, node, why, held[node.id])
+    for name in names:
+        lost = [placement for placement in placed[name] if placement.is_lost]
+        if len(lost) < len(placed[name]) or (lost and not spec.disconnect.replace):
+            continue
+        candidates = [n for n in fitting if has_room(n) and (not lost or (n.online and not _is_lost(n, spec)))]
+        if candidates:
             best = min(candidates, key=lambda n: (used[n.id], not n.online, -free[n.id].memory_bytes, n.id))
-            free[best.id].take(spec)
-            used[best.id] += 1
-            placed[name] = Placement(best.id, name, f"{_why(best, spec)}; {'ran there already' if stays else 'most room'}")
-    return [placed[name] for name in names if name in placed]
+            why = f"in place of {lost[-1].node}, which is lost" if lost else "most room"
+            take(name, best, why, lost[-1].node if lost else "")
+    return [placement for name in names for placement in placed[name]]
+
+
+def _staying(name: str, boxes: Sequence[Node], spec: Deployment, held: Mapping[str, str]) -> list[tuple[Node, str]]:
+    """Which of the boxes that run a replica go on with it, and why. A lost one does while none is known to do that comes before it: it
+    may be running, and nobody could tell it to stop."""
+
+    def rank(node: Node) -> tuple[int, str]:
+        removes = _removes(node.id, held)
+        return (removes if spec.disconnect.reconcile == "keep_original" else -removes, node.id)
+
+    there = [node for node in boxes if not _is_lost(node, spec)]
+    ready = [node for node in there if name in node.ready]
+    kept = list(boxes)
+    if len(there) > 1 and ready:
+        best = min(ready, key=rank)
+        kept = [node for node in boxes if node is best or (_is_lost(node, spec) and rank(node) < rank(best))]
+    return [
+        (node, "kept, since it may be running though the box is lost" if _is_lost(node, spec) else "ran there already") for node in kept
+    ]
+
+
+def _removes(node: str, held: Mapping[str, str]) -> int:
+    """How many boxes a replica went through before it came to ``node``; 0 for where it ran at first."""
+    steps = 0
+    while held.get(node) and steps < len(held):
+        steps, node = steps + 1, held[node]
+    return steps
 
 
 def _why(node: Node, spec: Deployment) -> str:
@@ -269,7 +336,7 @@ def _why(node: Node, spec: Deployment) -> str:
     return f"tier {node.tier}" + (f", {labels}" if labels else "")
 
 
-def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
+def _replica(want: Wanted, placement: Placement, old: ReplicaSpec | None) -> ReplicaSpec:
     """The replica's specification: the old one for as long as nothing of its sandbox changes, so that nothing restarts for nothing.
 
     How it is to be updated counts once there is an update, and comes with it.
@@ -277,7 +344,7 @@ def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
     assert want.model is not None  # noqa: S101 - for the type checker
     spec = want.spec
     new = ReplicaSpec(
-        name=name,
+        name=placement.replica,
         deployment=spec.name,
         generation=want.generation,
         model=want.model,
@@ -288,10 +355,13 @@ def _replica(want: Wanted, name: str, old: ReplicaSpec | None) -> ReplicaSpec:
         update=spec.update,
         image=spec.image,
         server=spec.server,
+        stop_after_ms=spec.disconnect.stop_on_box_after_ms,
+        replaces=placement.replaces,
     )
-    if old is not None and msgspec.structs.replace(old, generation=new.generation, update=new.update) == new:
-        return old
-    return new
+    if old is None:
+        return new
+    like = msgspec.structs.replace(old, stop_after_ms=new.stop_after_ms, replaces=new.replaces)
+    return like if msgspec.structs.replace(like, generation=new.generation, update=new.update) == new else new
 
 
 class _Hosts:

@@ -8,8 +8,22 @@ from skerry.wire import codec
 
 
 def _read_budgets(connection: sqlite3.Connection) -> None:
-    """Budgets that were kept and not acted upon: the text is read again. One that is no deployment any more stays as it is."""
-    rows = connection.execute("SELECT name, text FROM deployments WHERE spec LIKE '%split.cloud_budget: kept%'").fetchall()
+    _read_again(connection, "split.cloud_budget")
+
+
+def _read_policies(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE nodes ADD COLUMN silent_since_ms INTEGER NOT NULL DEFAULT 0")
+    connection.execute("ALTER TABLE nodes ADD COLUMN said_goodbye INTEGER NOT NULL DEFAULT 0")
+    connection.execute("ALTER TABLE nodes ADD COLUMN is_lost INTEGER NOT NULL DEFAULT 0")
+    connection.execute("UPDATE nodes SET silent_since_ms = changed_at_ms WHERE NOT online AND birth IS NOT NULL")
+    connection.execute("CREATE TABLE ear (heard_until_ms INTEGER NOT NULL)")
+    connection.execute("INSERT INTO ear VALUES (0)")
+    _read_again(connection, "disconnect")
+
+
+def _read_again(connection: sqlite3.Connection, key: str) -> None:
+    """What was kept and not acted upon: the text is read again. One that is no deployment any more stays as it is."""
+    rows = connection.execute("SELECT name, text FROM deployments WHERE spec LIKE ?", (f"%{key}: kept%",)).fetchall()
     for name, text in rows:
         try:
             spec = deployment.parse(text)
@@ -90,6 +104,8 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     "ALTER TABLE models ADD COLUMN signature TEXT NOT NULL DEFAULT ''",
     # 7: users who are known elsewhere
     "ALTER TABLE users ADD COLUMN subject TEXT NOT NULL DEFAULT ''",
+    # 8: for how long a box was silent; disconnect is acted upon
+    _read_policies,
 ]
 
 

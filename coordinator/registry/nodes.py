@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import msgspec
 from sqlite_utils import Database as Tables
 
+from coordinator.core.liveness import Contact, Ear
 from skerry.wire import codec
 from skerry.wire.messages import Birth, Desired, Presence, Reported
 
@@ -21,6 +22,14 @@ class Node(msgspec.Struct, frozen=True):
     session_epoch: int
     birth: Birth | None
     reported: Reported | None
+    silent_since_ms: int = 0
+    said_goodbye: bool = False
+    is_lost: bool = False
+
+    @property
+    def contact(self) -> Contact:
+        """Whether it is there, as core/liveness takes it."""
+        return Contact(self.online, self.changed_at_ms, self.silent_since_ms)
 
 
 def _own(text: str, kind: type[T]) -> T:
@@ -36,6 +45,9 @@ def _node(row: dict[str, Any]) -> Node:
         session_epoch=row["session_epoch"],
         birth=_own(row["birth"], Birth) if row["birth"] else None,
         reported=_own(row["reported"], Reported) if row["reported"] else None,
+        silent_since_ms=row["silent_since_ms"],
+        said_goodbye=bool(row["said_goodbye"]),
+        is_lost=bool(row["is_lost"]),
     )
 
 
@@ -65,11 +77,29 @@ def save_presence(tables: Tables, node: str, presence: Presence, now_ms: int) ->
         return False
     if held.online == presence.online and held.session_epoch == presence.session_epoch:
         return False
+    first = Contact(presence.online, now_ms, 0 if presence.online else now_ms)
+    contact = held.contact.after(online=presence.online, now_ms=now_ms) if held.session_epoch else first
+    goodbye = presence.is_goodbye and not presence.online
     tables.execute(
-        "UPDATE nodes SET online = ?, session_epoch = ?, changed_at_ms = ? WHERE id = ?",
-        [int(presence.online), presence.session_epoch, now_ms, node],
+        "UPDATE nodes SET online = ?, session_epoch = ?, changed_at_ms = ?, silent_since_ms = ?, said_goodbye = ? WHERE id = ?",
+        [int(presence.online), presence.session_epoch, contact.since_ms, contact.silent_since_ms, int(goodbye), node],
     )
     return held.online != presence.online
+
+
+def save_lost(tables: Tables, node: str, *, is_lost: bool) -> None:
+    """Note whether a box was silent for too long and is not steadily back."""
+    tables.execute("UPDATE nodes SET is_lost = ? WHERE id = ?", [int(is_lost), node])
+
+
+def read_ear(tables: Tables) -> Ear:
+    """The moment up to which silence is counted."""
+    return Ear(next(tables.query("SELECT heard_until_ms FROM ear"))["heard_until_ms"])
+
+
+def save_ear(tables: Tables, ear: Ear) -> None:
+    """Keep it."""
+    tables.execute("UPDATE ear SET heard_until_ms = ?", [ear.heard_until_ms])
 
 
 def save_birth(tables: Tables, node: str, birth: Birth, now_ms: int) -> bool:

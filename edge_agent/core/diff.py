@@ -85,8 +85,12 @@ class GiveBack(msgspec.Struct, frozen=True, tag=True):
 
 
 def runs_alike(one: ReplicaSpec, other: ReplicaSpec) -> bool:
-    """Whether a sandbox of the one is a sandbox of the other: they differ in how it is changed, or in nothing but their generation."""
-    return msgspec.structs.replace(one, update=other.update, generation=other.generation) == other
+    """Whether a sandbox of the one is a sandbox of the other: they differ in how it is changed and for how long it stays, in whose place
+    it runs, or in nothing but their generation."""
+    like = msgspec.structs.replace(
+        one, update=other.update, generation=other.generation, stop_after_ms=other.stop_after_ms, replaces=other.replaces
+    )
+    return like == other
 
 
 Step = Fetch | Start | Drain | Remove | GiveBack

@@ -26,19 +26,28 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     is_warm: bool = False
 
 
-def report_of(
-    desired: Desired | None, known: Mapping[str, ReplicaStatus], waiting: Mapping[str, str], unvouched: Mapping[str, str], refused: str
-) -> Reported:
-    """The reported document. ``waiting`` says, by digest, why a wanted model's bytes are not here yet; ``unvouched``, by replica, why its
-    model may not run here.
+class Withheld(msgspec.Struct, frozen=True):
+    """By replica, why its model may not run here, and why it is stopped for want of a link."""
 
-    A wanted replica that nothing is known of is fetching, or failed where it may not run; one that is no longer wanted is reported until
-    it is gone, and one whose next version may not run says so.
+    unvouched: Mapping[str, str] = {}
+    stopped: Mapping[str, str] = {}
+
+
+def report_of(
+    desired: Desired | None, known: Mapping[str, ReplicaStatus], waiting: Mapping[str, str], withheld: Withheld, refused: str
+) -> Reported:
+    """The reported document. ``waiting`` says, by digest, why a wanted model's bytes are not here yet.
+
+    A wanted replica that nothing is known of is fetching, pending where it is stopped, or failed where it may not run; one that is no
+    longer wanted is reported until it is gone, and one whose next version may not run says so.
     """
     reports = {name: _report_of(status) for name, status in known.items()}
     for spec in desired.replicas if desired else []:
-        refusal = unvouched.get(spec.name, "")
-        if spec.name not in reports:
+        refusal, stop = withheld.unvouched.get(spec.name, ""), withheld.stopped.get(spec.name, "")
+        if stop:
+            held = reports.get(spec.name) or ReplicaReport(spec.name, spec.deployment, spec.generation, "pending")
+            reports[spec.name] = msgspec.structs.replace(held, reason=stop)
+        elif spec.name not in reports:
             reason = refusal or waiting.get(spec.model.sha256, "")
             reports[spec.name] = ReplicaReport(spec.name, spec.deployment, spec.generation, "failed" if refusal else "fetching", reason)
         elif refusal:

@@ -128,6 +128,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         birth=inventory.birth,
         on_desired=warden.apply,
         on_command=commands.hear,
+        on_link=lambda is_up: warden.linked(is_up=is_up),
     )
     telemetry = Telemetry(
         every_s=config.sample_every_s,

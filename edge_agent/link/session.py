@@ -48,6 +48,7 @@ class Session:
     """Keeps the box connected. ``birth`` gives the inventory for a session number; ``on_desired`` gets envelopes as they come.
 
     ``on_command`` gets the verb, the correlation data and the payload of a command that wants an answer. It must not wait.
+    ``on_link`` gets whether the broker is there.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Session:
         birth: Callable[[int], Birth],
         on_desired: Callable[[bytes], None],
         on_command: Callable[[str, bytes, bytes], None],
+        on_link: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._reach = reach
         self._broker = reach.broker
@@ -69,6 +71,7 @@ class Session:
         self._birth = birth
         self._on_desired = on_desired
         self._on_command = on_command
+        self._on_link = on_link
         self._client: aiomqtt.Client | None = None
         self._reported: Reported | None = None
         self._news = asyncio.Event()
@@ -149,7 +152,8 @@ class Session:
                     was_up, up_at = True, time.monotonic()
                     self.say_event("link.up", self._broker.host, f"session {epoch}, after {time.monotonic() - lost_at:.1f} s")
                     await self._converse(client, epoch, stop)
-                    await self._publish(client, "presence", Presence(False, self._birth(epoch).boot_id, epoch), retain=True)
+                    goodbye = Presence(False, self._birth(epoch).boot_id, epoch, is_goodbye=True)
+                    await self._publish(client, "presence", goodbye, retain=True)
             except (aiomqtt.MqttError, OSError, TimeoutError, OutboxFailed) as exc:
                 reason = str(exc) or type(exc).__name__
                 if was_up:
@@ -171,6 +175,7 @@ class Session:
                 attempt += 1
             finally:
                 self._client = None
+                self._on_link(False)
             await lifecycle.sleep_until(stop, wait_s)
 
     async def _converse(self, client: aiomqtt.Client, epoch: int, stop: asyncio.Event) -> None:
@@ -182,6 +187,7 @@ class Session:
         self._birth_due.set()
         self._report_due.set()
         self._client = client
+        self._on_link(True)
         stopping = asyncio.create_task(stop.wait(), name="agent.session.stop")
         loops = [
             asyncio.create_task(self._listen(client), name="agent.session.listen"),

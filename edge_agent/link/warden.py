@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skerry.runtime import backoff, lifecycle, log
 from skerry.wire import codec
-from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, FromWarden, LogsRead, ReadLogs, State, Taken
+from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, FromWarden, Linked, LogsRead, ReadLogs, State, Taken
 from skerry.wire.logs import BUSY
 from skerry.wire.messages import LogsReply, LogsRequest
 
@@ -42,6 +42,7 @@ class WardenLink:
         self._position = position
         self._writer: asyncio.StreamWriter | None = None
         self._held_envelope: bytes | None = None
+        self._is_linked = False
         self._numbers = itertools.count(1)
         self._asked: dict[int, asyncio.Future[LogsReply]] = {}
 
@@ -68,6 +69,7 @@ class WardenLink:
         try:
             journal, seq = self._position()
             self._say(Taken(journal, seq))
+            self._say(Linked(self._is_linked))
             if self._held_envelope is not None:
                 self._say(Apply(self._held_envelope))
             await asyncio.wait([stopping, listening], return_when=asyncio.FIRST_COMPLETED)
@@ -111,6 +113,12 @@ class WardenLink:
         """Hand over a desired document; a warden that is not there now gets it when it is."""
         self._held_envelope = envelope
         self._say(Apply(envelope))
+
+    def linked(self, *, is_up: bool) -> None:
+        """Whether the broker is there."""
+        if is_up != self._is_linked:
+            self._is_linked = is_up
+            self._say(Linked(is_up))
 
     def arrived(self, sha256: str, reason: str = "") -> None:
         """A model lies in the incoming folder, or ``reason`` why not."""

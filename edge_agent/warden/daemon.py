@@ -14,6 +14,7 @@ from edge_agent.warden.drivers import host_runtime
 from edge_agent.warden.drivers.bubblewrap import BubblewrapDriver
 from edge_agent.warden.drivers.docker import DockerDriver
 from edge_agent.warden.journal import Journal
+from edge_agent.warden.link_watch import LinkWatch
 from edge_agent.warden.listener import Listener
 from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
@@ -101,6 +102,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     except Refused as exc:
         journal.add("desired.damaged", "", f"the document on disk is not used: {exc}", at_ms=time.time_ns() // 1_000_000)
         store.set_aside_desired()
+    link = LinkWatch(config.state_dir / "link.json", proved)
     await asyncio.to_thread(host_runtime.compile_ours)
     drivers, absent = await working_drivers(config)
     if not drivers:
@@ -132,6 +134,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         arrived=reconciler.arrived,
         entries_after=journal.after,
         forget=journal.forget,
+        linked=lambda who, is_up: link.hear(who, is_up=is_up),
         read_logs=reconciler.read_logs,
         journal_id=journal.id,
     )
@@ -144,11 +147,14 @@ async def main(config: Config, stop: asyncio.Event) -> None:
 
     reconciler.on_change = announce
     reconciler.time_proof = lambda: proved.proof
+    reconciler.cut_off_ms = lambda: link.cut_off_ms
+    link.keep_every_s = reconciler.keep_link_every_s
     journal.on_add = announce
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(reconciler.run(stop), name="warden.reconcile")
         tasks.create_task(listener.serve(stop), name="warden.listener")
         tasks.create_task(proved.run(stop), name="warden.proved_time")
+        tasks.create_task(link.run(stop), name="warden.link")
         tasks.create_task(
             lifecycle.feed_watchdog(stop, lambda: time.monotonic() - reconciler.looked_at < STALLED_AFTER_S), name="warden.watchdog"
         )

@@ -10,7 +10,7 @@ import msgspec
 
 from skerry.runtime import lifecycle, refusals
 from skerry.wire import codec
-from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, LogsRead, ReadLogs, State, Taken
+from skerry.wire.box import MAX_LINE_BYTES, Apply, Arrived, Entries, FromAgent, Linked, LogsRead, ReadLogs, State, Taken
 from skerry.wire.logs import BUSY, fitting
 from skerry.wire.messages import LogsReply, LogsRequest
 
@@ -24,7 +24,8 @@ MOST_READING = 4
 
 
 class Listener:
-    """Serves the socket; what is said is handed to ``apply``, ``arrived``, ``read_logs`` and the journal's two functions.
+    """Serves the socket; what is said is handed to ``apply``, ``arrived``, ``read_logs``, ``linked`` (by whom, and whether there
+    is a link) and the journal's two functions.
 
     ``read_logs`` says in its answer what went wrong; it is called beside what else is heard, which does not wait for it.
     """
@@ -38,6 +39,7 @@ class Listener:
         arrived: Callable[[str, str], Awaitable[None]],
         entries_after: Callable[[int], Entries],
         forget: Callable[[int], None],
+        linked: Callable[[object, bool], None],
         read_logs: Callable[[LogsRequest], Awaitable[LogsReply]],
         journal_id: str,
     ) -> None:
@@ -47,6 +49,7 @@ class Listener:
         self._arrived = arrived
         self._entries_after = entries_after
         self._forget = forget
+        self._linked = linked
         self._read_logs = read_logs
         self._journal_id = journal_id
         self._news = asyncio.Condition()
@@ -93,6 +96,8 @@ class Listener:
                 message: FromAgent = codec.decode(line, FromAgent, max_bytes=MAX_LINE_BYTES)  # type: ignore[arg-type]  # a union is no type[T]
                 if isinstance(message, ReadLogs):
                     await self._start_reading(message, writer)
+                elif isinstance(message, Linked):
+                    self._linked(writer, message.is_up)
                 else:
                     await self._hear(message, cursor)
         except (codec.Malformed, ValueError) as exc:  # ValueError: a line over the limit
@@ -100,6 +105,7 @@ class Listener:
         except OSError:
             pass  # the agent went away
         finally:
+            self._linked(writer, False)
             await lifecycle.end(teller)
             writer.close()
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, assert_never
 
-from edge_agent.core import diff
+from edge_agent.core import cut_off, diff
 from edge_agent.core.admission import Limits, free
-from edge_agent.core.report import models_wanted, report_of, routes_of
+from edge_agent.core.report import Withheld, models_wanted, report_of, routes_of
 from edge_agent.warden import launch
 from edge_agent.warden.census import DRIVER_POLL_S, Census
 from edge_agent.warden.config import Config
@@ -44,7 +44,7 @@ REFUSED_EVERY_S = 5.0
 
 class Reconciler:
     """Owns the sandboxes of this box. ``wake`` asks for a look now; ``on_change`` hears of every new State.
-    ``time_proof`` is what agent and gateway are told of the time."""
+    ``time_proof`` is what agent and gateway are told of the time; ``cut_off_ms`` is how long there has been no link."""
 
     def __init__(
         self,
@@ -83,6 +83,8 @@ class Reconciler:
         self._routes: RouteTable | None = None
         self.on_change: Callable[[State], None] = lambda _: None
         self.time_proof: Callable[[], Proof] = Proof
+        self.cut_off_ms: Callable[[], int] = lambda: 0
+        self._stopped: dict[str, str] = {}
         self.looked_at = time.monotonic()
 
     @property
@@ -93,6 +95,10 @@ class Reconciler:
     def wake(self) -> None:
         """Look again now."""
         self._wake.set()
+
+    def keep_link_every_s(self) -> float:
+        """How often the warden must write down that there is a link, for what it stops without one."""
+        return cut_off.keep_every_s(self.desired.replicas if self.desired else [], least_s=5, most_s=600)
 
     # -- what the listener asks
 
@@ -211,7 +217,8 @@ class Reconciler:
         if self.desired is None:
             return False  # nothing is known of what is wanted: what runs is left alone
         now = time.monotonic()
-        want = {spec.name: spec for spec in self.desired.replicas if self._may_stay(spec)}
+        self._look_at_link(self.desired)
+        want = {spec.name: spec for spec in self.desired.replicas if self._may_stay(spec) and spec.name not in self._stopped}
         self._roster.take_over(want)
         self._warm.notice()  # only now: one that came to wait while nothing happened is taken too
         takes = {spec.name: self._warm.takes(spec, driver) for spec in want.values() if (driver := self._driver_for(spec)) is not None}
@@ -221,6 +228,13 @@ class Reconciler:
         if any(results) and all(isinstance(step, diff.Fetch) for step in plan.steps):
             await self._converge()  # to find a model in the store takes no time, and to tell of it would
         return any(results)
+
+    def _look_at_link(self, desired: Desired) -> None:
+        """What is stopped for want of a link, said once."""
+        stopped = cut_off.stopped(desired.replicas, self.cut_off_ms())
+        for name in stopped.keys() - self._stopped.keys():
+            self._say("replica.cut_off", name, stopped[name])
+        self._stopped = {name: self._stopped.get(name, reason) for name, reason in stopped.items()}
 
     def _run(self, step: diff.Step, now: float) -> Coroutine[Any, Any, bool]:
         match step:
@@ -325,7 +339,7 @@ class Reconciler:
                 logger.error("routes.not_written", reason=exc.strerror)
         rungs = sorted({driver.rung for driver in self._drivers}, key=RUNGS.index)
         by_replica = {status.spec.name: status for status in reversed(statuses)}
-        reported = report_of(self.desired, by_replica, self._not_fetched, self._unvouched, self.refused)
+        reported = report_of(self.desired, by_replica, self._not_fetched, Withheld(self._unvouched, self._stopped), self.refused)
         state = State(reported, self._needs(), rungs, self._absent, self.time_proof())
         if state != self._state:
             self._state = state

@@ -16,7 +16,14 @@ from skerry.wire.units import format_bytes
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-STATES = {"online": "[green]● online[/]", "offline": "[red]○ silent[/]", "new": "[yellow]◌ new[/]", "revoked": "[red]⊘ thrown out[/]"}
+STATES = {
+    "online": "[green]● online[/]",
+    "unknown": "[yellow]▲ silent[/]",
+    "lost": "[red]✕ lost[/]",
+    "offline": "○ signed off",
+    "new": "[yellow]◌ new[/]",
+    "revoked": "[red]⊘ thrown out[/]",
+}
 PHASES = {"ready": "[green]ready[/]", "crash_loop": "[red]crash loop[/]", "failed": "[red]failed[/]", "backoff": "[yellow]backoff[/]"}
 
 
@@ -78,8 +85,10 @@ def print_nodes(nodes: Sequence[NodeView]) -> None:
 def print_node(node: NodeView) -> None:
     """All of one box."""
     console.print(f"[bold]{escape(node.id)}[/]  {STATES[node.state]} since {moment(node.changed_at_ms)}  tier {node.tier or 'unknown'}")
-    if node.state == "offline":
-        console.print(f"  last heard {moment(node.heard_at_ms)}: from here a crash can't be told from a cut link")
+    if node.is_silent:
+        console.print(f"  silent since {moment(node.silent_since_ms)}: from here a crash can't be told from a cut link")
+    for step in node.outlook:
+        console.print(f"  {moment(step.at_ms) if step.at_ms else 'then'}  {escape(step.text)}", soft_wrap=True)
     console.print(f"  gateway {escape(node.gateway_url)}   version {escape(node.version)}   sandboxes {', '.join(node.rungs) or 'unknown'}")
     for rung, reason in node.rungs_absent.items():
         console.print(f"  no {rung}: {escape(reason)}", soft_wrap=True)

@@ -252,7 +252,7 @@ class Story:
         try:
 
             async def is_noticed() -> bool:
-                return (await self._get(f"/v1/nodes/{box.name}", NodeView)).state == "offline"
+                return (await self._get(f"/v1/nodes/{box.name}", NodeView)).is_silent
 
             noticed_s = await self._until(is_noticed, within_s=30, failure=lambda: f"{box.name} is not called silent")
             self._screen.note(f"{box.name} silent, noticed after {noticed_s:.1f} s; it goes on answering")

@@ -6,7 +6,9 @@ import msgspec
 
 from skerry.wire.messages import Batching, CloudBudget, Gpu, GpuSample, ReplicaReport, Rung, SplitMode, StateTensor, Tier
 
-NodeState = Literal["online", "offline", "new", "revoked"]
+NodeState = Literal["online", "unknown", "lost", "offline", "new", "revoked"]
+"""``unknown``: silent, and nobody can tell a crash from a cut link; ``lost``: silent for long; ``offline``: its agent signed off."""
+SILENT = ("unknown", "lost", "offline")
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -36,9 +38,18 @@ class Stream(msgspec.Struct, frozen=True):
     dropped: int
 
 
+class Outlook(msgspec.Struct, frozen=True):
+    """What becomes of a silent box's replicas at ``at_ms``; 0: at no time that is known now, as the text says."""
+
+    at_ms: int
+    deployment: str
+    text: str
+
+
 class NodeView(msgspec.Struct, frozen=True):
     """One box. ``generation`` is what it should do, ``reported_generation`` what it says that it does. ``bound`` names the
-    labels that it was enrolled with and can't change."""
+    labels that it was enrolled with and can't change. Of a silent one, ``silent_since_ms`` is since when, and ``outlook`` what
+    becomes of its replicas."""
 
     id: str
     state: NodeState
@@ -65,6 +76,13 @@ class NodeView(msgspec.Struct, frozen=True):
     streams: list[Stream] = []
     is_enrolled: bool = False
     bound: list[str] = []
+    silent_since_ms: int = 0
+    outlook: list[Outlook] = []
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether what is known of it is the last that it said."""
+        return self.state in SILENT
 
 
 class LogsView(msgspec.Struct, frozen=True):
@@ -92,7 +110,8 @@ class ServeView(msgspec.Struct, frozen=True):
 
 
 class PlacementView(msgspec.Struct, frozen=True):
-    """A replica: where, why there, and what it in fact is. ``is_current`` says that the box runs what is wanted."""
+    """A replica: where, why there, and what it in fact is. ``is_current`` says that the box runs what is wanted; ``is_lost``, that
+    the box is lost; ``replaces`` is the box in whose place it runs."""
 
     node: str
     replica: str
@@ -104,6 +123,8 @@ class PlacementView(msgspec.Struct, frozen=True):
     rung: Rung | None = None
     provider: str = ""
     restarts: int = 0
+    is_lost: bool = False
+    replaces: str = ""
 
 
 class RefusalView(msgspec.Struct, frozen=True):

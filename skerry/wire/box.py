@@ -48,7 +48,13 @@ class LogsRead(msgspec.Struct, frozen=True, tag="logs_read"):
     reply: LogsReply
 
 
-FromAgent = Apply | Taken | Arrived | ReadLogs
+class Linked(msgspec.Struct, frozen=True, tag="linked"):
+    """Agent to warden, on connect and on each change: whether the broker is there."""
+
+    is_up: bool
+
+
+FromAgent = Apply | Taken | Arrived | ReadLogs | Linked
 
 
 class State(msgspec.Struct, frozen=True, tag="state"):

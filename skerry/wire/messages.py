@@ -6,7 +6,7 @@ import msgspec
 
 from skerry.wire.bundle import Bundle
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Moves together with ``wire/schema.json``; sent as the MQTT 5 user property ``schema``."""
 
 Tier = Literal["edge", "cloud"]
@@ -28,11 +28,13 @@ Reading = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 
 
 class Presence(msgspec.Struct, frozen=True):
-    """Retained, and the Last Will. ``session_epoch`` counts the box's connections since it was installed."""
+    """Retained, and the Last Will. ``session_epoch`` counts the box's connections since it was installed; ``is_goodbye`` tells that the
+    agent ended its connection itself."""
 
     online: bool
     boot_id: str
     session_epoch: Count
+    is_goodbye: bool = False
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -122,6 +124,10 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     image: str = ""
     """The image of the worker, by id as in Server; empty: the box's own interpreter and libraries."""
     server: Server | None = None
+    stop_after_ms: Count = 0
+    """How long the box goes on with it without a link to the broker; 0: for ever. Changing it restarts nothing."""
+    replaces: str = ""
+    """The box in whose place it runs here, where it is that of a box that was lost."""
 
 
 class Upstream(msgspec.Struct, frozen=True):

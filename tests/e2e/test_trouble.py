@@ -105,6 +105,42 @@ def test_a_second_agent_of_the_same_name_is_told_so_and_the_fleet_converges(scal
         wait_until(lambda: all(s.missing == 0 and s.lost == 0 for s in world.node("van-7").streams if s.stream == "events"), 30)
 
 
+def test_what_a_lost_box_ran_runs_elsewhere_too_and_once_when_it_is_back(scale_model):
+    """The box serves on by itself meanwhile, and nothing on it is stopped or started by its coming back."""
+    with running() as world:
+        world.push(scale_model, "scale")
+        text = SCALE.replace("tier: [edge, cloud]", "tier: [edge]") + "replicas: {count: 1}\ndisconnect: {lost_after: 8s, replace: true}\n"
+        world.deploy(text)
+        (placed,) = world.wait_ready("scale").placements
+        (handle,) = (world.box(placed.node).folder / "warden" / "bubblewrap").glob("scale-0-*/handle.json")
+        world.do(world.fleet.kill(f"{placed.node}.agent"))
+        wait_until(lambda: world.node(placed.node).state == "unknown", 20)
+        silent = world.node(placed.node)
+        assert 0 < silent.silent_since_ms <= time.time_ns() // 10**6
+        assert next(step.text.partition(";")[0] for step in silent.outlook) == "scale-0: lost"
+        assert silent.outlook[0].at_ms == silent.silent_since_ms + 8000
+        wait_until(lambda: len(world.deployment("scale").placements) == 2, 20, lambda: world.deployment("scale"))
+        wait_until(lambda: world.deployment("scale").ready == 1, 20, lambda: world.deployment("scale"))
+        other = next(one for one in world.deployment("scale").placements if one.node != placed.node)
+        assert (other.replaces, other.phase) == (placed.node, "ready")
+        assert [event.kind for event in world.events(node=other.node, subject="scale-0") if "replaces" in event.kind] == [
+            "replica.replaces"
+        ]
+        for box in (placed.node, other.node):
+            assert post(infer_url(world, box), good())[0] == 200
+        world.do(world.fleet.start_process(f"{placed.node}.agent"))
+        wait_until(lambda: world.node(placed.node).state == "online", 20)
+        time.sleep(5)
+        assert len(world.deployment("scale").placements) == 2, "it might go again"
+        wait_until(lambda: [p.node for p in world.deployment("scale").placements] == [placed.node], 45, lambda: world.deployment("scale"))
+        wait_until(lambda: world.node(other.node).replicas == [], 20)
+        assert handle.exists()
+        assert world.node(placed.node).replicas[0].restarts == 0
+        assert {event.kind for event in world.events(node=placed.node) if event.kind.startswith("replica.")} == {
+            "replica.started", "replica.ready"
+        }  # fmt: skip
+
+
 def test_a_cold_boot_with_no_network_at_all_ends_in_a_serving_box(scale_model):
     with running() as world:
         world.push(scale_model, "scale")

@@ -62,6 +62,7 @@ async def warden(path: Path, read_logs: ReadLogsOf, applied: list[bytes] | None 
         arrived=arrived,
         entries_after=lambda _: Entries("j", []),
         forget=lambda _: None,
+        linked=lambda who, is_up: None,
         read_logs=read_logs,
         journal_id="j",
     )

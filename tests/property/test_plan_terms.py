@@ -42,7 +42,7 @@ def filled() -> sqlite3.Connection:
 
 
 def told(tables: Database, now_ms: int, terms: Terms) -> dict[str, Desired]:
-    return {document.node: document for document in replan(tables, fleet="f", now_ms=now_ms, terms=terms)}
+    return {document.node: document for document in replan(tables, fleet="f", now_ms=now_ms, terms=terms).changed}
 
 
 def enrol(tables: Database, name: str, now_ms: int) -> None:

@@ -17,8 +17,9 @@ def test_it_is_never_ahead_of_the_truth_and_never_falls(happened, start_ms):
         if what == "runs":
             truth_ms, uptime_ms = truth_ms + lapse_ms, uptime_ms + lapse_ms
         elif what == "is off":
-            known = Proof(known.at_least_ms(uptime_ms), uptime_ms)  # as it is kept
+            kept = Proof(known.at_least_ms(uptime_ms), uptime_ms)
             truth_ms, uptime_ms = truth_ms + lapse_ms, 0
+            known = Proof(kept.at_least_ms(uptime_ms), uptime_ms)  # as it is read again
         elif what == "hears":
             known = later(known, Proof(max(0, truth_ms - lapse_ms), uptime_ms), uptime_ms)
         else:  # another program's word, which may be one of before the machine was off

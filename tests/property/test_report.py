@@ -4,7 +4,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.core.report import ReplicaStatus, models_wanted, report_of, routes_of
+from edge_agent.core.report import ReplicaStatus, Withheld, models_wanted, report_of, routes_of
 from skerry.wire.messages import Desired, ModelRef, ReplicaSpec, Reported, RouteSpec, Upstream
 
 DIGESTS = ["d1", "d2", "d3"]
@@ -54,7 +54,7 @@ waitings = st.dictionaries(st.sampled_from(DIGESTS), st.sampled_from(["no room",
 @settings(max_examples=150, deadline=None)
 def test_every_wanted_replica_and_every_other_that_is_still_there_is_reported_once(world, waiting, refused):
     desired, known = world
-    reported = report_of(desired, known, waiting, {}, refused)
+    reported = report_of(desired, known, waiting, Withheld(), refused)
     names = [report.name for report in reported.replicas]
     wanted = {spec.name: spec for spec in desired.replicas} if desired else {}
     assert sorted(names) == names
@@ -104,7 +104,7 @@ def test_the_same_world_gives_the_same_words_whatever_the_order(world):
     desired, known = world
     turned = dict(reversed(known.items()))
     listed = msgspec.structs.replace(desired, replicas=desired.replicas[::-1]) if desired else None
-    assert report_of(listed, turned, {}, {}, "") == report_of(desired, known, {}, {}, "")
+    assert report_of(listed, turned, {}, Withheld(), "") == report_of(desired, known, {}, Withheld(), "")
     assert routes_of(desired, turned.values()) == routes_of(desired, known.values())
 
 
@@ -119,5 +119,5 @@ def test_the_models_asked_for_are_those_that_are_wanted_and_not_here(world, pres
 
 
 def test_a_box_that_was_told_nothing_says_that_it_does_nothing():
-    assert report_of(None, {}, {}, {}, "") == Reported(generation=0)
+    assert report_of(None, {}, {}, Withheld(), "") == Reported(generation=0)
     assert models_wanted(None, []) == []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from coordinator.core.deployment import MAX_TEXT_BYTES, Deployment, DeploymentError, Replicas, parse
+from coordinator.core.deployment import MAX_TEXT_BYTES, Deployment, DeploymentError, Policy, Replicas, parse
 from skerry.wire import codec
 from skerry.wire.messages import Batching, CloudBudget, Server
 
@@ -55,8 +55,9 @@ def test_the_example_of_the_design_is_taken_and_says_what_is_not_acted_on_yet():
         target=0.99,
         split="overflow",
         cloud_budget=CloudBudget(2000),
+        disconnect=Policy(60_000, replace=True, reconcile="keep_original", stop_on_box_after_ms=0),
     )
-    assert [warning.partition(":")[0] for warning in warnings] == ["disconnect", "rollout"]
+    assert [warning.partition(":")[0] for warning in warnings] == ["rollout", "disconnect.replace"]
 
 
 def test_two_lines_are_enough():
@@ -141,6 +142,11 @@ def test_json_is_taken_as_well():
         ("update:\n  no_room: wait", "update.no_room", 4, "wait"),
         ("update: recreate", "update", 3, "expected `object`"),
         ("disconnect:\n  lost_after: soon", "disconnect.lost_after", 4, "60s"),
+        ("disconnect:\n  lost_after: 999ms", "disconnect.lost_after", 4, "between 1s and 10 years"),
+        ("disconnect:\n  lost_after: 4000d", "disconnect.lost_after", 4, "between 1s and 10 years"),
+        ("disconnect:\n  reconcile: best_score", "disconnect.reconcile", 4, "best_score"),
+        ("disconnect:\n  stop_on_box_after: 0s", "disconnect.stop_on_box_after", 4, "between 1s and 10 years"),
+        ("disconnect:\n  stop_on_box_after: never ever", "disconnect.stop_on_box_after", 4, "60s"),
         ("rollout:\n  observe: 2 weeks", "rollout.observe", 4, "60s"),
         ("rollout:\n  waves: [1, [2]]", "rollout.waves[1]", 4, "expected `int | str`"),
     ],
@@ -358,7 +364,8 @@ def test_no_value_in_the_place_of_another_raises_anything_but_a_deployment_error
         "resources": {"memory": "1GiB", "cpus": 1, "gpu_memory": 0}, "isolation": {"at_least": "process"},
         "slo": {"deadline_ms": 1, "target": 1}, "split": {"mode": "edge", "cloud_budget": {"requests_per_hour": 1}},
         "batching": {"max_batch": 2, "max_wait": "2ms"},
-        "disconnect": {"lost_after": "1s"}, "image": IMAGE, "update": {"strategy": "recreate", "no_room": "refuse"},
+        "disconnect": {"lost_after": "1s", "reconcile": "keep_original", "stop_on_box_after": "never", "replace": True},
+        "image": IMAGE, "update": {"strategy": "recreate", "no_room": "refuse"},
         "server": {"image": IMAGE, "port": 1, "model": "m", "argv": ["a"], "environment": {"A": "b"}},
         "rollout": {"waves": [1]},
     }  # fmt: skip

@@ -113,7 +113,16 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
     def admits(node: str) -> bool:
         return not enrolment.is_thrown_out(node) and (enrolment.is_enrolled(node) or not config.require_enrolled)
 
-    ingest = Ingest(database, live=live, news=news, ack=ack, replan=plan_loop.wake, admits=admits, rollup_s=config.rollup_s)
+    ingest = Ingest(
+        database,
+        live=live,
+        news=news,
+        ack=ack,
+        replan=plan_loop.wake,
+        admits=admits,
+        rollup_s=config.rollup_s,
+        keep_rollups_s=config.keep_rollups_h * 3600,
+    )
     housekeeping = Housekeeping(
         database,
         live,

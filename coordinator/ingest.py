@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core.sequence import Numbering, begun, give_up, take
+from coordinator.core.sequence import Numbering, begun, give_up, take_range
 from coordinator.core.twins import seen
 from coordinator.live import Live
 from coordinator.news import News
@@ -59,6 +59,7 @@ class Ingest:
         replan: Callable[[], None],
         admits: Callable[[str], bool],
         rollup_s: int,
+        keep_rollups_s: int,
     ) -> None:
         self._database = database
         self._live = live
@@ -67,6 +68,7 @@ class Ingest:
         self._replan = replan
         self._admits = admits
         self._rollup_s = rollup_s
+        self._keep_rollups_s = keep_rollups_s
         self._numberings: dict[tuple[str, str], Numbering] = {}
         self._dropped: dict[tuple[str, str], int] = {}
         self._served: dict[tuple[str, int, str], Served] = {}
@@ -156,27 +158,33 @@ class Ingest:
         key = (node, epoch)
         if key not in self._numberings:
             held = await self._database.read(lambda tables: events.read_numbering(tables, node, epoch, "samples"))
-            self._numberings[key] = held or begun(batch.oldest or batch.samples[0].seq)
+            self._numberings[key] = held or begun(batch.oldest or batch.samples[0].first)
         numbering = self._numberings[key]
         for sample in batch.samples:
-            numbering, is_new = take(numbering, sample.seq)
+            numbering, is_new = take_range(numbering, min(sample.first, sample.seq), sample.seq)
             if is_new:
                 self._count(node, sample)
         self._numberings[key] = give_up(numbering, batch.oldest)
         self._dropped[key] = batch.lost
 
     def _count(self, node: str, sample: Sample) -> None:
-        at_s = sample.at_ms // 1000 // self._rollup_s * self._rollup_s
-        served = [Served(s.deployment, at_s, node, s.edge, s.peer, s.cloud, s.refused, s.failed, s.late, s.latency) for s in sample.serve]
-        self._live.take(node, sample, served)
-        for one in served:
-            key = (one.deployment, at_s, node)
+        begin_s = sample.at_ms // 1000
+        served = [
+            Served(s.deployment, begin_s, node, s.edge, s.peer, s.cloud, s.refused, s.failed, s.late, s.latency) for s in sample.serve
+        ]
+        if sample.readings == 1:
+            self._live.take(node, sample, served)
+        starts = measurements.buckets(begin_s, sample.width_ms // 1000, self._rollup_s)
+        oldest_s = int(time.time()) - self._keep_rollups_s if len(starts) > 1 else 0  # what is older would be dropped at once
+        for one in (part for whole in served for part in measurements.spread(whole, starts) if part.at_s >= oldest_s):
+            key = (one.deployment, one.at_s, node)
             held = self._served.get(key)
             self._served[key] = one if held is None else measurements.plus(held, one)
         gpu_ratio = sum(gpu.utilization_ratio for gpu in sample.gpus) / len(sample.gpus) if sample.gpus else 0.0
-        load = BoxLoad(node, at_s, 1, sample.cpu_ratio, sample.memory_used_bytes, gpu_ratio)
-        load_before = self._loads.get((node, at_s))
-        self._loads[(node, at_s)] = load if load_before is None else measurements.mean(load, load_before)
+        for at_s in (at_s for at_s in starts if at_s >= oldest_s):
+            load = BoxLoad(node, at_s, 1, sample.cpu_ratio, sample.memory_used_bytes, gpu_ratio)
+            load_before = self._loads.get((node, at_s))
+            self._loads[(node, at_s)] = load if load_before is None else measurements.mean(load, load_before)
 
     async def _flush_loop(self, stop: asyncio.Event) -> None:
         while not await lifecycle.sleep_until(stop, FLUSH_S):
@@ -235,11 +243,7 @@ def _save_one(tables: Tables, node: str, message: msgspec.Struct, settled: _Sett
             if nodes.save_reported(tables, node, message, now_ms):
                 settled.topics |= {"nodes", "deployments"}
         case EventBatch() if message.events and message.events[0].epoch != events.OWN_EPOCH:
-            one_epoch = [event for event in message.events if event.epoch == message.events[0].epoch]
-            fresh, seq = events.save_events(tables, node, one_epoch, oldest=message.oldest, dropped=message.lost, now_ms=now_ms)
-            settled.acks[node] = Ack(one_epoch[0].epoch, seq)
-            if fresh:
-                settled.topics.add("events")
+            _save_events(tables, node, message, settled, now_ms)
         case _:
             pass
 
@@ -251,3 +255,17 @@ def _note_presence(tables: Tables, node: str, presence: Presence, now_ms: int) -
         events.add_own_event(tables, node, "node.offline", node, f"its agent signed off, session {presence.session_epoch}", now_ms)
     else:
         events.add_own_event(tables, node, "node.silent", node, "nothing heard: a crash can't be told from a cut link", now_ms)
+
+
+def _save_events(tables: Tables, node: str, message: EventBatch, settled: _Settled, now_ms: int) -> None:
+    epoch = message.events[0].epoch
+    one_epoch = [event for event in message.events if event.epoch == epoch]
+    kept = events.save_events(tables, node, one_epoch, oldest=message.oldest, dropped=message.lost, now_ms=now_ms)
+    held = settled.acks.get(node)
+    if held is None or held.epoch != epoch or not held.is_spent:  # else the box is told of the first such number
+        settled.acks[node] = Ack(epoch, kept.settled, is_spent=kept.is_spent, nonce=message.nonce)
+        if kept.is_spent:
+            text = f"other events under numbers after {kept.settled}: its disk is one of an earlier day; it goes on under new numbers"
+            events.add_own_event(tables, node, "node.restored", node, text, now_ms)
+    if kept.fresh or kept.is_spent:
+        settled.topics.add("events")

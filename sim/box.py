@@ -23,7 +23,7 @@ from skerry.wire import latency, signing
 from skerry.wire.messages import Birth, Desired, Gpu, GpuSample, Sample, ServeSample
 
 MEMORY_BYTES = 16 * 2**30
-MOST_HELD = 100_000
+MOST_HELD_BYTES = 256 * 2**20
 """As the agent's settings have it: events, and samples, that an outbox holds."""
 WILL_DELAY_S = 5
 RECONNECT_S = (0.5, 60.0)
@@ -39,7 +39,7 @@ class RememberingOutbox(Outbox):
     """An outbox in memory that remembers every event it numbered: ``said[i]`` has the number ``i + 1``."""
 
     def __init__(self) -> None:
-        super().__init__(Path(":memory:"), most_events=MOST_HELD, most_samples=MOST_HELD)
+        super().__init__(Path(":memory:"), most_bytes=MOST_HELD_BYTES)
         self.said: list[Said] = []
 
     def add_event(self, kind: str, subject: str = "", text: str = "", *, at_ms: int) -> None:

@@ -44,6 +44,18 @@ def take(numbering: Numbering, seq: int) -> tuple[Numbering, bool]:
     return numbering, False
 
 
+def take_range(numbering: Numbering, first: int, last: int) -> tuple[Numbering, bool]:
+    """The numbering after all from ``first`` to ``last`` came together, and whether every one of them came for the first time."""
+    if first > numbering.high:
+        gaps = (*numbering.gaps, (numbering.high + 1, first - 1)) if first > numbering.high + 1 else numbering.gaps
+        return _bounded(Numbering(last, gaps, numbering.lost)), True
+    fresh = sum(max(0, min(last, end) - max(first, start) + 1) for start, end in numbering.gaps) + max(0, last - numbering.high)
+    gaps = tuple(
+        part for start, end in numbering.gaps for part in ((start, min(end, first - 1)), (max(start, last + 1), end)) if part[0] <= part[1]
+    )
+    return _bounded(Numbering(max(numbering.high, last), gaps, numbering.lost)), fresh == last - first + 1
+
+
 def _bounded(numbering: Numbering) -> Numbering:
     """With at most MOST_GAPS gaps; each step adds one at the most."""
     if len(numbering.gaps) <= MOST_GAPS:

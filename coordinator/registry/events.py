@@ -57,13 +57,28 @@ def read_accounts(tables: Tables, node: str | None = None) -> list[Account]:
     ]
 
 
-def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, dropped: int, now_ms: int) -> tuple[list[Event], int]:
-    """Keep a batch of one epoch; returns the events that were new, and the number up to which all is settled."""
+class Kept(msgspec.Struct, frozen=True):
+    """What became of a batch: the events that were new, and the number up to which the box need hold nothing any more, which is none
+    that it did not send now: an earlier disk of its may have said something else. ``is_spent``: the number after it stands for another
+    event here, since the box's disk is one of an earlier day."""
+
+    fresh: list[Event]
+    settled: int
+    is_spent: bool = False
+
+
+def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, dropped: int, now_ms: int) -> Kept:
+    """Keep a batch of one epoch."""
     epoch = events[0].epoch
     numbering = read_numbering(tables, node, epoch, "events") or begun(oldest or events[0].seq)
-    fresh = []
-    for event in events:
-        numbering, is_new = take(numbering, event.seq)
+    fresh: list[Event] = []
+    ordered = sorted(events, key=lambda event: event.seq)
+    for event in ordered:
+        after, is_new = take(numbering, event.seq)
+        if not is_new and _is_another(tables, node, event):
+            save_numbering(tables, node, epoch, "events", numbering, dropped)
+            return Kept(fresh, event.seq - 1, is_spent=True)
+        numbering = after
         if not is_new:
             continue
         inserted = tables.execute(
@@ -74,7 +89,20 @@ def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, 
             fresh.append(event)
     numbering = give_up(numbering, oldest)
     save_numbering(tables, node, epoch, "events", numbering, dropped)
-    return fresh, numbering.settled
+    return Kept(fresh, min(numbering.settled, ordered[-1].seq))
+
+
+def _is_another(tables: Tables, node: str, event: Event) -> bool:
+    """Whether a number that came before stands for something else. One that was given up, or is forgotten here, says nothing."""
+    held = next(
+        tables.query(
+            "SELECT at_ms, kind, subject, text FROM events WHERE node = ? AND epoch = ? AND seq = ?", [node, event.epoch, event.seq]
+        ),
+        None,
+    )
+    return held is not None and (held["at_ms"], held["kind"], held["subject"], held["text"]) != (
+        event.at_ms, event.kind, event.subject, event.text
+    )  # fmt: skip
 
 
 def add_own_event(tables: Tables, node: str, kind: str, subject: str, text: str, now_ms: int) -> None:

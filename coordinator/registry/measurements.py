@@ -46,6 +46,29 @@ def plus(a: Served, b: Served) -> Served:
     return msgspec.structs.replace(a, latency=merged, **counts)
 
 
+def buckets(begin_s: int, width_s: int, rollup_s: int) -> range:
+    """When the buckets begin that a reading of ``width_s`` lies in."""
+    first = begin_s // rollup_s * rollup_s
+    return range(first, max(first, (begin_s + width_s - 1) // rollup_s * rollup_s) + 1, rollup_s)
+
+
+def spread(whole: Served, starts: range) -> list[Served]:
+    """What was counted over a stretch of time, in equal parts of whole numbers that add up to it."""
+    if len(starts) <= 1:
+        return [msgspec.structs.replace(whole, at_s=at_s) for at_s in starts]
+    parts = []
+    for index, at_s in enumerate(starts):
+        counts = {name: _part(getattr(whole, name), index, len(starts)) for name in COUNTS}
+        histogram = {bucket: part for bucket, count in whole.latency.items() if (part := _part(count, index, len(starts)))}
+        if histogram or any(counts.values()):
+            parts.append(msgspec.structs.replace(whole, at_s=at_s, latency=histogram, **counts))
+    return parts
+
+
+def _part(count: int, index: int, parts: int) -> int:
+    return count * (index + 1) // parts - count * index // parts
+
+
 def add_served(tables: Tables, served: list[Served]) -> None:
     """Add to the buckets that are there: each box's, and the one of all boxes together, which is what is asked for most."""
     everywhere: dict[tuple[str, int], Served] = {}

@@ -39,8 +39,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway_certificate_file: Path | None = None
     labels: dict[str, str] = {}
     sample_every_s: Annotated[float, msgspec.Meta(ge=0.2, le=3600)] = 10.0
-    outbox_events: Annotated[int, msgspec.Meta(ge=100, le=10_000_000)] = 100_000
-    outbox_samples: Annotated[int, msgspec.Meta(ge=100, le=10_000_000)] = 100_000
+    outbox_bytes: Annotated[int, msgspec.Meta(ge=4 * 2**20, le=2**40)] = 64 * 2**20
+    """What waits for the coordinator takes so much of the disk at the most."""
     will_delay_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 5
     reconnect_first_s: Annotated[float, msgspec.Meta(ge=0.05, le=60)] = 0.5
     reconnect_most_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60.0

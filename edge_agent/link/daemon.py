@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -37,7 +38,7 @@ def read_token(path: Path) -> str:
 class Inventory:
     """What this box is; the warden adds what it can run."""
 
-    def __init__(self, config: Config, outbox_epoch: str) -> None:
+    def __init__(self, config: Config, outbox_epoch: Callable[[], str]) -> None:
         self._config = config
         self._outbox_epoch = outbox_epoch
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -60,7 +61,7 @@ class Inventory:
             gpus=self._gpus,
             rungs=self.rungs,
             rungs_absent=self.rungs_absent,
-            outbox_epoch=self._outbox_epoch,
+            outbox_epoch=self._outbox_epoch(),
             desired_generation=self.generation,
         )
 
@@ -68,8 +69,8 @@ class Inventory:
 async def main(config: Config, stop: asyncio.Event) -> None:
     """Run the agent until ``stop`` is set."""
     token = read_token(config.coordinator.token_file)
-    outbox = Outbox(config.state_dir / "outbox.db", most_events=config.outbox_events, most_samples=config.outbox_samples)
-    inventory = Inventory(config, outbox.epoch)
+    outbox = Outbox(config.state_dir / "outbox.db", most_bytes=config.outbox_bytes)
+    inventory = Inventory(config, lambda: outbox.epoch)
     proved = ProvedTime(config.state_dir / "proved_time.json")
     judge = tls.Judge(proved.now_at_least_ms, Path(config.broker.cert_file) if config.broker.cert_file else None)
     artifacts = Artifacts(
@@ -133,14 +134,14 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     telemetry = Telemetry(
         every_s=config.sample_every_s,
         gateway_socket=config.gateway_socket,
-        epoch=outbox.epoch,
+        epoch=lambda: outbox.epoch,
         next_seq=outbox.next_sample_seq,
         outbox_depth=outbox.depth,
         before=outbox.last_totals(),
         offer=session.offer,
         routed=on_routed,
     )
-    _say_started(session, outbox, config.node)
+    session.say_event("agent.started", config.node, f"version {__version__}")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(warden.run(stop), name="agent.warden")
         tasks.create_task(artifacts.run(stop), name="agent.artifacts")
@@ -152,9 +153,3 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="agent.watchdog")
         sdnotify.notify("READY=1")
     outbox.close()
-
-
-def _say_started(session: Session, outbox: Outbox, node: str) -> None:
-    session.say_event("agent.started", node, f"version {__version__}")
-    if outbox.set_aside:
-        session.say_event("outbox.damaged", node, f"set aside as {outbox.set_aside}")

@@ -1,40 +1,44 @@
-"""What the coordinator has not yet confirmed: numbered events and samples in one SQLite file, bounded.
+"""What the coordinator has not yet confirmed: numbered events and samples in one SQLite file of bounded size.
 
 An event leaves when the coordinator says that it is in its database (``command/ack``): neither the broker's word nor a
 working link is enough. A sample leaves once it was sent and stayed unneeded for the time in which a dead link can go
 unnoticed; after a reconnect the younger ones are sent again, and the numbers tell the coordinator which it has already.
+
+What does not fit is thinned before it is dropped (core/thinning): each loss is counted and told.
 """
 
+import contextlib
+import functools
 import sqlite3
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
+from edge_agent.core import thinning
+from edge_agent.core.thinning import LEVELS, WIDTH_MS, Class, Row, Step
+from edge_agent.link import outbox_file
 from skerry.runtime import log
 from skerry.wire import codec
 from skerry.wire.box import MAX_TOTALS_BYTES, Entry, GatewayTotals
 from skerry.wire.messages import Event, Sample
 
+T = TypeVar("T")
+P = ParamSpec("P")
+
 logger = log.get("agent.outbox")
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS box (
-    epoch TEXT NOT NULL, session_epoch INTEGER NOT NULL, sample_seq INTEGER NOT NULL,
-    events_lost INTEGER NOT NULL, samples_lost INTEGER NOT NULL, journal TEXT NOT NULL, journal_seq INTEGER NOT NULL,
-    totals BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL, text TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS routed (
-    started_at_ms INTEGER NOT NULL, seq INTEGER NOT NULL, minute INTEGER NOT NULL, taken INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS samples (seq INTEGER PRIMARY KEY, sent_at_ms INTEGER NOT NULL, payload BLOB NOT NULL);
-"""
-
 
 ROUTED_PER_MINUTE = 20
 """Sampled decisions that become events in a minute of the clock, over all deployments: they must not crowd out what matters."""
 MAX_ROUTED_TEXT = 500
 """Characters of one."""
+DROP_EVENTS = 64
+"""At a time."""
+MARGIN_BYTES = 256 * 1024
+"""Kept free for what is written before there is room made again."""
 _LAST_MOMENT_MS, _LARGEST = 4_102_444_800_000, 2**53
 """As in skerry.wire.messages: Moment and Count."""
 
@@ -43,48 +47,70 @@ class OutboxFailed(Exception):
     """The file refuses writes, a full disk mostly; what was to be written is counted as lost."""
 
 
-class Outbox:
-    """``state_dir/outbox.db``. Every method is quick; a commit costs one fsync (events) or none (samples)."""
+class Loss(msgspec.Struct, frozen=True):
+    """What was given up since it was last told: events and readings that are gone, and readings that stand in minutes' and hours' now."""
 
-    def __init__(self, path: Path, *, most_events: int, most_samples: int) -> None:
-        self._most_events = most_events
-        self._most_samples = most_samples
-        self.set_aside = ""
+    events: int
+    samples: int
+    thinned: int
+
+
+def _whole(method: "Callable[Concatenate[Outbox, P], T]") -> "Callable[Concatenate[Outbox, P], T]":
+    """Where the file turns out to be damaged, it is set aside, and the method runs on a new one."""
+
+    def call(self: "Outbox", /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            self._db = self._open(path)
+            return method(self, *args, **kwargs)
         except sqlite3.DatabaseError as exc:
-            if isinstance(exc, sqlite3.OperationalError) and exc.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-                raise  # a full or locked disk, not a damaged file: what it holds stays
-            aside = path.with_name(f"{path.name}.corrupt-{uuid.uuid4().hex[:6]}")
-            path.replace(aside)
-            for suffix in ("-wal", "-shm"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-            self.set_aside = f"{aside.name}: {exc}"
-            self._db = self._open(path)
+            if not outbox_file.is_damage(exc):
+                raise
+            self._begin_anew(str(exc))
+            return method(self, *args, **kwargs)
+
+    functools.update_wrapper(call, method)
+    return call
+
+
+class Outbox:
+    """``state_dir/outbox.db``, of ``most_bytes`` at the most, its log included. Every method is quick; a commit costs one fsync (events)
+    or none (samples)."""
+
+    def __init__(self, path: Path, *, most_bytes: int) -> None:
+        self._path = path
+        self._most_bytes = max(most_bytes, outbox_file.LEAST_BYTES)
+        self._room_bytes = self._most_bytes - outbox_file.WAL_BYTES - MARGIN_BYTES
+        self._unwritten_samples = 0
+        self._unwritten_events = 0
+        self._db, self.set_aside = outbox_file.opened(path, self._most_bytes)
+        self._begin()
+
+    def _begin(self) -> None:
         row = self._db.execute("SELECT epoch, sample_seq FROM box").fetchone()
         self.epoch: str = row[0]
-        newest = self._db.execute("SELECT max(seq) FROM samples").fetchone()[0] or 0
+        newest = self._db.execute("SELECT max(seq) FROM readings").fetchone()[0] or 0
         # Samples are written without fsync: a power cut can undo the last few, whose numbers are then given out again, and the
         # coordinator takes the new ones for repeats. Events are written with fsync, and keep their numbers.
         self._sample_seq: int = max(row[1], newest)
-        self._unwritten_samples = 0
-        self._unwritten_events = 0
+        if self.set_aside:
+            with contextlib.suppress(OutboxFailed):  # counted
+                self.add_event("outbox.damaged", "", f"set aside as {self.set_aside}"[:500], at_ms=time.time_ns() // 1_000_000)
 
-    @staticmethod
-    def _open(path: Path) -> sqlite3.Connection:
-        db = sqlite3.connect(path, isolation_level=None, timeout=5)
-        # EXCLUSIVE: nobody else opens the file, and so a full disk, which has no room for a -shm file, does not keep it shut.
-        db.executescript(f"PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; {_SCHEMA}")
-        if (damage := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(damage)
-        if db.execute("SELECT count(epoch) FROM box").fetchone()[0] == 0:
-            db.execute("INSERT INTO box VALUES (?, 0, 0, 0, 0, '', 0, x'')", (uuid.uuid4().hex[:12],))
-        return db
+    def _begin_anew(self, reason: str) -> None:
+        logger.error("outbox.damaged", reason=reason)
+        try:
+            self._db.close()
+        except sqlite3.Error as exc:
+            logger.warning("outbox.not_closed", reason=str(exc))
+        aside = outbox_file.set_aside(self._path)
+        self._db, _ = outbox_file.opened(self._path, self._most_bytes)
+        self.set_aside = f"{aside}: {reason}"
+        self._begin()
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
+    @_whole
     def next_session(self) -> int:
         """A number for this connection, one more than the last."""
         try:
@@ -94,8 +120,83 @@ class Outbox:
         number: int = self._db.execute("SELECT session_epoch FROM box").fetchone()[0]
         return number
 
+    # -- its size
+
+    def _held(self) -> dict[Class, int]:
+        return dict(self._db.execute("SELECT class, bytes FROM held").fetchall())
+
+    def _count(self, name: Class, items: int, size: int) -> None:
+        self._db.execute("UPDATE held SET items = items + ?, bytes = bytes + ? WHERE class = ?", (items, size, name))
+
+    def _make_room(self) -> None:
+        """Thin and drop until what is held fits again. Raises sqlite3.OperationalError."""
+        while outbox_file.used_bytes(self._db) > self._room_bytes:
+            if not any(self._give_up(step) for step in thinning.steps(self._held(), self._room_bytes)):
+                return
+
+    def _give_up(self, step: Step) -> bool:
+        """Whether something could be done."""
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            match step:
+                case "roll samples":
+                    return self._roll(0)
+                case "roll minutes":
+                    return self._roll(1)
+                case "drop hours":
+                    return self._drop_hour()
+                case "drop events":
+                    return self._drop_events() > 0
+
+    def _roll(self, level: int) -> bool:
+        """Make one reading of the next level out of the oldest of this one that were never sent: those that were may have arrived."""
+        rows = self._db.execute(
+            "SELECT first_seq, seq, at_ms, payload FROM readings WHERE level = ? AND sent_at_ms = 0 ORDER BY seq", (level,)
+        )
+        run = thinning.run_of(map(Row._make, rows), WIDTH_MS[level + 1])
+        rows.close()
+        if not run:
+            return False
+        samples = _readable([row.payload for row in run])
+        self._db.executemany("DELETE FROM readings WHERE seq = ?", [(row.seq,) for row in run])
+        self._count(LEVELS[level], -len(run), -sum(len(row.payload) for row in run))
+        if level == 0:
+            self._add_thinned(len(run))
+        if samples:
+            whole = msgspec.structs.replace(thinning.merged(samples), first_seq=run[0].first_seq, seq=run[-1].seq)
+            self._put(whole, level + 1, sent_at_ms=0)
+        return True
+
+    def _put(self, sample: Sample, level: int, *, sent_at_ms: int) -> None:
+        payload = codec.encode(sample)
+        values = (sample.seq, sample.first, level, sample.at_ms, sent_at_ms, payload)
+        self._db.execute("INSERT OR REPLACE INTO readings VALUES (?, ?, ?, ?, ?, ?)", values)
+        self._count(LEVELS[level], 1, len(payload))
+
+    def _add_thinned(self, count: int) -> None:
+        if not self._db.execute("UPDATE thinned SET readings = readings + ?", (count,)).rowcount:
+            self._db.execute("INSERT INTO thinned VALUES (?)", (count,))
+
+    def _drop_hour(self) -> bool:
+        row = self._db.execute("SELECT seq, first_seq, length(payload) FROM readings WHERE level = 2 ORDER BY seq LIMIT 1").fetchone()
+        if row is None:
+            return False
+        self._db.execute("DELETE FROM readings WHERE seq = ?", (row[0],))
+        self._count("hours", -1, -row[2])
+        self._db.execute("UPDATE box SET samples_lost = samples_lost + ?", (row[0] - row[1] + 1,))
+        return True
+
+    def _drop_events(self) -> int:
+        rows = self._db.execute(f"SELECT seq, {outbox_file.EVENT_BYTES} FROM events ORDER BY seq LIMIT ?", (DROP_EVENTS,)).fetchall()  # noqa: S608 - a constant
+        if rows:
+            self._db.execute("DELETE FROM events WHERE seq <= ?", (rows[-1][0],))
+            self._count("events", -len(rows), -sum(row[1] for row in rows))
+            self._db.execute("UPDATE box SET events_lost = events_lost + ?", (len(rows),))
+        return len(rows)
+
     # -- events
 
+    @_whole
     def add_event(self, kind: str, subject: str = "", text: str = "", *, at_ms: int) -> None:
         """Number an event and keep it. Raises OutboxFailed."""
         try:
@@ -104,6 +205,7 @@ class Outbox:
             self._unwritten_events += 1
             raise
 
+    @_whole
     def add_entries(self, journal: str, entries: list[Entry]) -> None:
         """Take over what happened in the warden, each entry once whatever is repeated. Raises OutboxFailed."""
         held_journal, held_seq = self.journal_position()
@@ -116,11 +218,13 @@ class Outbox:
         if fresh:
             self._write_events(fresh, "UPDATE box SET journal = ?, journal_seq = ?", (journal, reached))
 
+    @_whole
     def journal_position(self) -> tuple[str, int]:
         """The warden's journal and the last of its entries that stands here."""
         row = self._db.execute("SELECT journal, journal_seq FROM box").fetchone()
         return row[0], row[1]
 
+    @_whole
     def add_routed(self, kind: str, totals: GatewayTotals, *, at_ms: int) -> None:
         """Take over the gateway's sampled decisions, each once however often it is told and whoever starts again. Raises OutboxFailed.
 
@@ -147,48 +251,85 @@ class Outbox:
     def _write_events(self, rows: list[tuple[int, str, str, str]], mark: str = "", values: tuple[str | int, ...] = ()) -> None:
         """Number events and keep them; ``mark`` notes in the same transaction how far their source has been taken over."""
         try:
+            self._make_room()
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._db.executemany("INSERT INTO events (at_ms, kind, subject, text) VALUES (?, ?, ?, ?)", rows)
+                self._count("events", len(rows), sum(len(kind) + len(subject) + len(text) + 24 for _, kind, subject, text in rows))
                 if mark:
                     self._db.execute(mark, values)
-                dropped = self._db.execute(
-                    "DELETE FROM events WHERE seq <= (SELECT max(seq) FROM events) - ?", (self._most_events,)
-                ).rowcount
-                if dropped + self._unwritten_events:
-                    self._db.execute("UPDATE box SET events_lost = events_lost + ?", (dropped + self._unwritten_events,))
+                if self._unwritten_events:
+                    self._db.execute("UPDATE box SET events_lost = events_lost + ?", (self._unwritten_events,))
             self._unwritten_events = 0
         except sqlite3.OperationalError as exc:
             raise OutboxFailed(str(exc)) from exc
 
+    @_whole
     def events_after(self, seq: int, limit: int) -> list[Event]:
         """Events that follow ``seq``, oldest first."""
         rows = self._db.execute("SELECT seq, at_ms, kind, subject, text FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
         return [Event(self.epoch, row[0], row[1], row[2], row[3], row[4]) for row in rows]
 
+    @_whole
     def oldest_event(self) -> int:
         """The smallest number still held; 0 where there is none."""
         return self._db.execute("SELECT min(seq) FROM events").fetchone()[0] or 0
 
+    @_whole
     def oldest_sample(self) -> int:
         """The smallest number still held; 0 where there is none."""
-        return self._db.execute("SELECT min(seq) FROM samples").fetchone()[0] or 0
+        row = self._db.execute("SELECT first_seq FROM readings ORDER BY seq LIMIT 1").fetchone()
+        return row[0] if row else 0
 
-    def confirm_events(self, epoch: str, seq: int) -> None:
-        """The coordinator has every event up to ``seq``."""
-        if epoch == self.epoch:
-            self._try("DELETE FROM events WHERE seq <= ?", (seq,))
+    @_whole
+    def confirm_events(self, epoch: str, seq: int, *, is_spent: bool = False) -> None:
+        """The coordinator has every event up to ``seq``; with ``is_spent`` what follows gets an epoch of its own."""
+        if epoch != self.epoch:
+            return
+        try:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                count, size = self._db.execute(
+                    f"SELECT count(*), coalesce(sum({outbox_file.EVENT_BYTES}), 0) FROM events WHERE seq <= ?",  # noqa: S608 - a constant
+                    (seq,),
+                ).fetchone()
+                if count:
+                    self._db.execute("DELETE FROM events WHERE seq <= ?", (seq,))
+                    self._count("events", -count, -size)
+                if is_spent:
+                    self._db.execute("UPDATE box SET epoch = ?", (uuid.uuid4().hex[:12],))
+        except sqlite3.OperationalError as exc:
+            logger.warning("outbox.not_cleaned", reason=str(exc))
+        self.epoch = self._db.execute("SELECT epoch FROM box").fetchone()[0]
 
+    @_whole
     def depth(self) -> tuple[int, int]:
-        """How many events and samples are held."""
-        events = self._db.execute("SELECT count(*) FROM events").fetchone()[0]
-        samples = self._db.execute("SELECT count(*) FROM samples").fetchone()[0]
-        return events, samples
+        """How many events and readings are held."""
+        items = dict(self._db.execute("SELECT class, items FROM held").fetchall())
+        return items["events"], sum(items[name] for name in LEVELS)
 
+    @_whole
     def lost(self) -> tuple[int, int]:
         """How many events and samples were ever dropped."""
         row = self._db.execute("SELECT events_lost, samples_lost FROM box").fetchone()
         return row[0] + self._unwritten_events, row[1] + self._unwritten_samples
+
+    @_whole
+    def take_loss(self) -> Loss:
+        """What was given up since this was last asked. Raises OutboxFailed."""
+        events, samples = self.lost()
+        thinned = (self._db.execute("SELECT readings FROM thinned").fetchone() or (0,))[0]
+        told = self._db.execute("SELECT events_lost, samples_lost, thinned FROM told").fetchone() or (0, 0, 0)
+        if told == (events, samples, thinned):
+            return Loss(0, 0, 0)
+        try:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.execute("DELETE FROM told")
+                self._db.execute("INSERT INTO told VALUES (?, ?, ?)", (events, samples, thinned))
+        except sqlite3.OperationalError as exc:
+            raise OutboxFailed(str(exc)) from exc
+        return Loss(events - told[0], samples - told[1], thinned - told[2])
 
     # -- samples
 
@@ -197,6 +338,7 @@ class Outbox:
         self._sample_seq += 1
         return self._sample_seq
 
+    @_whole
     def last_totals(self) -> GatewayTotals | None:
         """The gateway's counters up to which requests stand in the samples that were added."""
         (raw,) = self._db.execute("SELECT totals FROM box").fetchone()
@@ -206,19 +348,19 @@ class Outbox:
             logger.error("outbox.totals_damaged", reason=str(exc)[:200])
             return None
 
+    @_whole
     def add_sample(self, sample: Sample, *, sent_at_ms: int, totals: GatewayTotals | None = None) -> None:
         """Keep a sample; ``sent_at_ms`` is 0 for one that was not sent. One that can't be written is counted as lost.
 
         ``totals``, the counters that it was taken from, are kept in the same transaction: an agent that starts again goes on from there.
         """
         try:
+            self._make_room()
+            self._db.execute("PRAGMA synchronous = NORMAL")
             with self._db:
-                self._db.execute("PRAGMA synchronous = NORMAL")
                 self._db.execute("BEGIN IMMEDIATE")
-                self._db.execute("INSERT OR REPLACE INTO samples VALUES (?, ?, ?)", (sample.seq, sent_at_ms, codec.encode(sample)))
-                dropped = self._db.execute("DELETE FROM samples WHERE seq <= ?", (sample.seq - self._most_samples,)).rowcount
-                lost = max(dropped, 0) + self._unwritten_samples
-                self._db.execute("UPDATE box SET sample_seq = ?, samples_lost = samples_lost + ?", (sample.seq, lost))
+                self._put(sample, 0, sent_at_ms=sent_at_ms)
+                self._db.execute("UPDATE box SET sample_seq = ?, samples_lost = samples_lost + ?", (sample.seq, self._unwritten_samples))
                 if totals is not None:
                     self._db.execute("UPDATE box SET totals = ?", (codec.encode(totals),))
             self._unwritten_samples = 0
@@ -228,29 +370,49 @@ class Outbox:
         finally:
             self._db.execute("PRAGMA synchronous = FULL")
 
+    @_whole
     def samples_after(self, seq: int, limit: int) -> list[Sample]:
         """Samples that follow ``seq``, oldest first; one that can't be read is left out."""
-        rows = self._db.execute("SELECT payload FROM samples WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit)).fetchall()
-        found = []
-        for (payload,) in rows:
-            try:
-                found.append(codec.decode(payload, Sample))
-            except codec.Malformed as exc:
-                logger.error("outbox.sample_damaged", reason=str(exc)[:200])
-        return found
+        rows = self._db.execute("SELECT payload FROM readings WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit)).fetchall()
+        return _readable([row[0] for row in rows])
 
+    @_whole
     def mark_sent(self, seqs: list[int], *, at_ms: int) -> None:
         """These samples were sent."""
         if seqs:
-            self._try(f"UPDATE samples SET sent_at_ms = ? WHERE seq IN ({','.join('?' * len(seqs))})", (at_ms, *seqs))  # noqa: S608 - only marks
+            self._try(f"UPDATE readings SET sent_at_ms = ? WHERE seq IN ({','.join('?' * len(seqs))})", (at_ms, *seqs))  # noqa: S608 - only marks
 
+    @_whole
     def forget_samples(self, *, sent_before_ms: int) -> None:
         """Drop samples that were sent before that time: a link that died later has been noticed by now."""
-        self._try("DELETE FROM samples WHERE sent_at_ms > 0 AND sent_at_ms < ?", (sent_before_ms,))
+        try:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                which = (sent_before_ms,)
+                rows = self._db.execute(
+                    "SELECT level, count(*), sum(length(payload)) FROM readings WHERE sent_at_ms > 0 AND sent_at_ms < ? GROUP BY level",
+                    which,
+                ).fetchall()
+                if rows:
+                    self._db.execute("DELETE FROM readings WHERE sent_at_ms > 0 AND sent_at_ms < ?", which)
+                for level, count, size in rows:
+                    self._count(LEVELS[level], -count, -size)
+        except sqlite3.OperationalError as exc:
+            logger.warning("outbox.not_cleaned", reason=str(exc))
 
-    def _try(self, statement: str, values: tuple[msgspec.Raw | int | str, ...]) -> None:
+    def _try(self, statement: str, values: tuple[Any, ...]) -> None:
         """Run a clean-up; on a full disk it is made up for by the next one."""
         try:
             self._db.execute(statement, values)
         except sqlite3.OperationalError as exc:
             logger.warning("outbox.not_cleaned", reason=str(exc))
+
+
+def _readable(payloads: list[bytes]) -> list[Sample]:
+    found = []
+    for payload in payloads:
+        try:
+            found.append(codec.decode(payload, Sample))
+        except codec.Malformed as exc:
+            logger.error("outbox.sample_damaged", reason=str(exc)[:200])
+    return found

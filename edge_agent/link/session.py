@@ -4,29 +4,37 @@ Everything here may be cut at any moment; what matters is in the outbox or is sa
 """
 
 import asyncio
+import contextlib
 import random
+import secrets
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import aiomqtt
 import msgspec
 
 from edge_agent.link.outbox import Outbox, OutboxFailed
 from skerry.runtime import backoff, lifecycle, log, mqtt, refusals, tls
+from skerry.runtime.proved_time import uptime_ms
 from skerry.runtime.settings import Broker
 from skerry.wire import codec, topics
 from skerry.wire.box import GatewayTotals
 from skerry.wire.messages import Ack, Birth, Event, EventBatch, MetricsBatch, Presence, Reported, Sample
 
+T = TypeVar("T", Event, Sample)
+
 logger = log.get("agent.session")
 
 QUEUE = 256
-BATCH_BYTES = 48 * 1024
+BATCH_BYTES = 16 * 1024
 EVENTS_UNDER_WAY = 2000
 RESEND_EVENTS_S = 10.0
-SAMPLES_PER_MESSAGE = 20
+MOST_IN_A_MESSAGE = 100
 REPLAY_PAUSE_S = 0.05
-"""Between two messages of a backlog, so that it does not delay what is live."""
+"""Between two messages of a backlog at the least, and as long as the last one took: it has half of a thin link, what is live the rest."""
+BACKLOG_EVENTS = 200
+"""More of them that are not confirmed are a backlog."""
 REFRESH_S = 60.0
 """How often presence and report are said again although nothing changed: a lost one is made up for by the next."""
 MAX_CORRELATION_BYTES = 64
@@ -77,8 +85,11 @@ class Session:
         self._news = asyncio.Event()
         self._report_due = asyncio.Event()
         self._birth_due = asyncio.Event()
+        self._connected_at_ms = 0
         self._confirmed_at = 0.0
         self._confirmed_seq = 0
+        self._sent_seq = 0
+        self._nonce = ""
         self._is_heard = False
 
     @property
@@ -93,6 +104,15 @@ class Session:
         except OutboxFailed as exc:
             logger.error("event.not_kept", kind=kind, subject=subject, text=text, reason=str(exc))
         self._news.set()
+
+    def _say_loss(self) -> None:
+        """What was given up while the box was cut off, in numbers."""
+        with contextlib.suppress(OutboxFailed):  # told with the next connection
+            loss = self._outbox.take_loss()
+            if loss.events or loss.samples:
+                self.say_event("outbox.dropped", "", f"{loss.events} events and {loss.samples} readings did not fit and are gone")
+            if loss.thinned:
+                self.say_event("outbox.thinned", "", f"{loss.thinned} readings did not fit one by one: they stand in minutes' and hours'")
 
     def events_added(self) -> None:
         """The outbox holds new events."""
@@ -113,11 +133,13 @@ class Session:
         if self._client is not None:
             try:
                 await self._publish(self._client, "metrics", self._metrics([sample]), qos=0)
-                sent_at_ms = time.time_ns() // 1_000_000
+                sent_at_ms = uptime_ms()
             except aiomqtt.MqttError:
                 pass  # the session's own loop notices and reports it
         self._outbox.add_sample(sample, sent_at_ms=sent_at_ms, totals=totals)
-        self._outbox.forget_samples(sent_before_ms=time.time_ns() // 1_000_000 - 4000 * self._broker.keepalive_s)
+        unnoticed_ms = 4000 * self._broker.keepalive_s
+        if self._client is not None and uptime_ms() - self._connected_at_ms > unnoticed_ms:  # else what was sent before waits for this link
+            self._outbox.forget_samples(sent_before_ms=uptime_ms() - unnoticed_ms)
 
     async def reply(self, correlation: bytes, message: msgspec.Struct) -> None:
         """Answer a command; where the link is down the answer is dropped, and who asked asks again."""
@@ -151,6 +173,7 @@ class Session:
                 ) as client:
                     was_up, up_at = True, time.monotonic()
                     self.say_event("link.up", self._broker.host, f"session {epoch}, after {time.monotonic() - lost_at:.1f} s")
+                    self._say_loss()
                     await self._converse(client, epoch, stop)
                     goodbye = Presence(False, self._birth(epoch).boot_id, epoch, is_goodbye=True)
                     await self._publish(client, "presence", goodbye, retain=True)
@@ -186,7 +209,7 @@ class Session:
         await self._publish(client, "presence", Presence(True, self._birth(epoch).boot_id, epoch), retain=True)
         self._birth_due.set()
         self._report_due.set()
-        self._client = client
+        self._client, self._connected_at_ms, self._nonce = client, uptime_ms(), secrets.token_hex(8)
         self._on_link(True)
         stopping = asyncio.create_task(stop.wait(), name="agent.session.stop")
         loops = [
@@ -250,7 +273,14 @@ class Session:
         except codec.Malformed as exc:
             refusals.count("ack.malformed", str(exc))
             return
-        self._outbox.confirm_events(ack.epoch, ack.events_seq)
+        if ack.nonce not in ("", self._nonce):
+            return  # about an earlier connection: what is held now may be something else under the same numbers
+        epoch = self._outbox.epoch
+        self._outbox.confirm_events(ack.epoch, ack.events_seq, is_spent=ack.is_spent)
+        if ack.epoch == epoch and ack.is_spent:
+            self._sent_seq = 0
+            self.say_event("outbox.renumbered", "", f"the coordinator has other events under its numbers: epoch {epoch} became another")
+            self._birth_due.set()
         if not self._is_heard:
             # The birth of this connection may have been sent before the coordinator was there, and no broker keeps it.
             self._is_heard = True
@@ -278,38 +308,45 @@ class Session:
 
     async def _send_events(self, client: aiomqtt.Client) -> None:
         """In order of number; all that is unconfirmed again when no confirmation comes for RESEND_EVENTS_S."""
-        sent = 0
+        self._sent_seq = 0
         while True:
             self._news.clear()
-            batch = self._outbox.events_after(sent, 100) if sent - self._confirmed_seq < EVENTS_UNDER_WAY else []
+            has_room = self._sent_seq - self._confirmed_seq < EVENTS_UNDER_WAY
+            batch = self._outbox.events_after(self._sent_seq, MOST_IN_A_MESSAGE) if has_room else []
             if batch:
-                fitting = _fitting(batch)
-                await self._publish(client, "events", EventBatch(fitting, self._outbox.lost()[0], oldest=self._outbox.oldest_event()))
-                sent = fitting[-1].seq
+                fitting, began = _fitting(batch), time.monotonic()
+                self._sent_seq = fitting[-1].seq
+                await self._publish(client, "events", self._batch(fitting))
+                if self._outbox.depth()[0] > BACKLOG_EVENTS:
+                    await asyncio.sleep(time.monotonic() - began)
                 continue
             try:
                 await asyncio.wait_for(self._news.wait(), RESEND_EVENTS_S)
             except TimeoutError:
                 if time.monotonic() - self._confirmed_at >= RESEND_EVENTS_S and self._outbox.depth()[0]:
-                    sent = 0
+                    self._sent_seq = 0
+
+    def _batch(self, events: list[Event]) -> EventBatch:
+        return EventBatch(events, self._outbox.lost()[0], oldest=self._outbox.oldest_event(), nonce=self._nonce)
 
     async def _send_backlog(self, client: aiomqtt.Client) -> None:
         """What was sampled while the link was down, and what may have been sent into a link that was dead already."""
         sent = 0
-        while samples := self._outbox.samples_after(sent, SAMPLES_PER_MESSAGE):
+        while held := self._outbox.samples_after(sent, MOST_IN_A_MESSAGE):
+            samples, began = _fitting(held), time.monotonic()
             await self._publish(client, "metrics", self._metrics(samples), qos=1)
-            self._outbox.mark_sent([sample.seq for sample in samples], at_ms=time.time_ns() // 1_000_000)
+            self._outbox.mark_sent([sample.seq for sample in samples], at_ms=uptime_ms())
             sent = samples[-1].seq
-            await asyncio.sleep(REPLAY_PAUSE_S)
+            await asyncio.sleep(max(REPLAY_PAUSE_S, time.monotonic() - began))
         await asyncio.Event().wait()  # the other loops go on
 
 
-def _fitting(events: list[Event]) -> list[Event]:
-    """As many of the first events as one message may hold, one at least."""
+def _fitting(items: list[T]) -> list[T]:
+    """As many of the first as one message may hold, one at least."""
     size, count = 0, 0
-    for event in events:
-        size += len(codec.encode(event))
+    for item in items:
+        size += len(codec.encode(item))
         if count and size > BATCH_BYTES:
             break
         count += 1
-    return events[:count]
+    return items[:count]

@@ -52,7 +52,7 @@ class Telemetry:
         *,
         every_s: float,
         gateway_socket: Path,
-        epoch: str,
+        epoch: Callable[[], str],
         next_seq: Callable[[], int],
         outbox_depth: Callable[[], tuple[int, int]],
         before: GatewayTotals | None,
@@ -87,7 +87,7 @@ class Telemetry:
             serve, self._before = since(totals, self._before), totals
         events, samples = self._outbox_depth()
         return Sample(
-            epoch=self._epoch,
+            epoch=self._epoch(),
             seq=self._next_seq(),
             at_ms=time.time_ns() // 1_000_000,
             cpu_ratio=round(psutil.cpu_percent(None) / 100, 4),

@@ -234,18 +234,26 @@ class Event(msgspec.Struct, frozen=True):
 
 class EventBatch(msgspec.Struct, frozen=True):
     """Events in order of ``seq``. ``lost`` counts those that the outbox ever had to drop, ``oldest`` is the first that it holds:
-    what is missing below will never come."""
+    what is missing below will never come. ``nonce`` is of this connection, and comes back in what acknowledges it."""
 
     events: list[Event]
     lost: Count = 0
     oldest: Count = 0
+    nonce: Annotated[str, msgspec.Meta(max_length=32)] = ""
 
 
 class Ack(msgspec.Struct, frozen=True):
-    """The coordinator's word that every event of ``epoch`` up to ``events_seq`` stands in its database."""
+    """The coordinator's word that every event of ``epoch`` up to ``events_seq`` stands in its database.
+
+    ``is_spent``: the numbers that follow were given to other events before, by this box as it was before its disk was restored. What
+    it holds beyond ``events_seq`` needs an epoch of its own. ``nonce`` is the batch's: a broker may keep an acknowledgement until such a
+    box is back, which is not about what it says now.
+    """
 
     epoch: str
     events_seq: Count
+    is_spent: bool = False
+    nonce: str = ""
 
 
 class LogsRequest(msgspec.Struct, frozen=True):
@@ -291,7 +299,11 @@ class GpuSample(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One reading of a box. ``seq`` rises by one per reading, so that a gap is seen; ``outbox_*`` is what waits to be confirmed."""
+    """One reading of a box. ``seq`` rises by one per reading, so that a gap is seen; ``outbox_*`` is what waits to be confirmed.
+
+    Of a box that was cut off for long a reading may stand for several, ``readings`` of them with the numbers from ``first_seq`` to
+    ``seq``, over ``width_ms`` from ``at_ms`` on: counts are their sum, all else their mean.
+    """
 
     epoch: str
     seq: Count
@@ -302,6 +314,14 @@ class Sample(msgspec.Struct, frozen=True):
     serve: list[ServeSample] = []
     outbox_events: Count = 0
     outbox_samples: Count = 0
+    first_seq: Count = 0
+    readings: Annotated[int, msgspec.Meta(ge=1, le=10**7)] = 1
+    width_ms: Annotated[int, msgspec.Meta(ge=0, le=86_400_000)] = 0
+
+    @property
+    def first(self) -> int:
+        """The first number that it stands for."""
+        return self.first_seq or self.seq
 
 
 class MetricsBatch(msgspec.Struct, frozen=True):

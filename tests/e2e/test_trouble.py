@@ -141,6 +141,37 @@ def test_what_a_lost_box_ran_runs_elsewhere_too_and_once_when_it_is_back(scale_m
         }  # fmt: skip
 
 
+def test_a_box_whose_disk_is_one_of_an_earlier_day_goes_on_under_new_numbers_and_no_event_is_missing_or_doubled():
+    with running() as world:
+        box = world.box("van-7")
+        outbox, image = box.folder / "agent" / "outbox.db", box.folder / "image.db"
+
+        def restart(between=lambda: None) -> None:
+            os.kill(world.fleet.pid("van-7.agent"), 15)
+            wait_until(lambda: world.node("van-7").state == "offline", 20)
+            between()
+            world.do(world.fleet.start_process("van-7.agent"))
+            wait_until(lambda: world.node("van-7").state == "online" and world.node("van-7").outbox_events == 0, 30)
+
+        restart(lambda: shutil.copy(outbox, image))
+        for _ in range(2):
+            restart()
+
+        def restore() -> None:
+            for path in outbox.parent.glob("outbox.db*"):
+                path.unlink()
+            shutil.copy(image, outbox)
+
+        restart(restore)
+        wait_until(lambda: any(event.kind == "node.restored" for event in world.events(node="van-7")), 20)
+        wait_until(lambda: any(event.kind == "outbox.renumbered" for event in world.events(node="van-7")), 20)
+        restart()
+        started = [event for event in world.events(node="van-7") if event.kind == "agent.started"]
+        wait_until(lambda: len([e for e in world.events(node="van-7") if e.kind == "agent.started"]) == 6, 20, lambda: started)
+        assert [event.kind for event in world.events(node="van-7")].count("node.restored") == 1
+        assert all(stream.missing == 0 and stream.lost == 0 for stream in world.node("van-7").streams if stream.stream == "events")
+
+
 def test_a_cold_boot_with_no_network_at_all_ends_in_a_serving_box(scale_model):
     with running() as world:
         world.push(scale_model, "scale")

@@ -235,7 +235,7 @@ async def run_box(world: World, node: str, read_logs: ReadLogsOf, stop: asyncio.
     async def reply(correlation: bytes, message: LogsReply) -> None:
         await session.reply(correlation, message)
 
-    outbox = Outbox(Path(":memory:"), most_events=100, most_samples=100)
+    outbox = Outbox(Path(":memory:"), most_bytes=2**23)
     commands = Commands(read_logs=read_logs, reply=reply)
     session = Session(
         reach=Reach(broker_of(world), 1, (0.1, 0.5)),

@@ -16,7 +16,7 @@ SECOND = GatewayTotals(1, "box", "edge", [ServeTotals("d", edge=5)], [*FIRST.rou
 
 def test_each_decision_is_an_event_once_over_two_agents_and_the_counters_are_kept_without_them(tmp_path):
     answers = [FIRST, FIRST, SECOND, SECOND]
-    outbox = Outbox(tmp_path / "o.db", most_events=100, most_samples=100)
+    outbox = Outbox(tmp_path / "o.db", most_bytes=2**23)
 
     async def scene() -> None:
         async def tell(_: web.Request) -> web.Response:
@@ -45,7 +45,7 @@ def test_each_decision_is_an_event_once_over_two_agents_and_the_counters_are_kep
         telemetry = Telemetry(
             every_s=0.05,
             gateway_socket=tmp_path / "g",
-            epoch=outbox.epoch,
+            epoch=lambda: outbox.epoch,
             next_seq=outbox.next_sample_seq,
             outbox_depth=outbox.depth,
             before=outbox.last_totals(),

@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.core.sequence import MOST_GAPS, Numbering, begun, give_up, take
+from coordinator.core.sequence import MOST_GAPS, Numbering, begun, give_up, take, take_range
 
 
 @st.composite
@@ -123,3 +123,22 @@ def test_what_lay_before_the_first_number_met_is_neither_missing_nor_lost():
     numbering, is_new = take(begun(100), 100)
     assert (is_new, numbering) == (True, Numbering(high=100))
     assert take(numbering, 99) == (numbering, False)
+
+
+@given(streams(), st.lists(st.tuples(st.integers(1, 45), st.integers(0, 12)), max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_numbers_that_come_together_count_as_each_of_them_and_as_new_only_where_all_are(stream, ranges):
+    oldest, calls = stream
+    numbering, oracle = begun(oldest), Oracle(oldest)
+    for (verb, number), (first, more) in zip(calls, [*ranges, *[(0, 0)] * len(calls)], strict=False):
+        if verb == "take":
+            numbering, _ = take(numbering, number)
+            oracle.take(number)
+        else:
+            numbering = give_up(numbering, number)
+            oracle.give_up(number)
+        if first:
+            numbering, are_new = take_range(numbering, first, first + more)
+            each = [oracle.take(one) for one in range(first, first + more + 1)]
+            assert are_new == all(each)
+        agree(numbering, oracle)

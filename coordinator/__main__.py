@@ -3,6 +3,7 @@
 import sys
 
 from coordinator.accounts import admin_link
+from coordinator.backup import command
 from coordinator.broker import rendering
 from coordinator.config import Config
 from coordinator.daemon import main
@@ -15,6 +16,8 @@ def run() -> None:
         sys.exit(admin_link.run(sys.argv[2:]))
     if sys.argv[1:2] == ["broker-config"]:
         sys.exit(rendering.run(sys.argv[2:]))
+    if sys.argv[1:2] in (["backup"], ["restore"]):
+        sys.exit(command.run(sys.argv[1], sys.argv[2:]))
     lifecycle.run("skerry-coordinator", Config, main, state_dir=lambda config: config.state_dir)
 
 

@@ -14,12 +14,14 @@ from coordinator.accounts.passwords import Passwords
 from coordinator.accounts.provider import Provider
 from coordinator.api import accounts as account_calls
 from coordinator.api import enrolment as enrolment_calls
+from coordinator.api import recovery as recovery_calls
 from coordinator.api.access import Access
 from coordinator.api.accounts import AccountCalls
 from coordinator.api.answers import json_answer, problems, refuse
 from coordinator.api.calls import CALLS, Calls
 from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.openapi import document
+from coordinator.api.recovery import RecoveryCalls
 from coordinator.ca.authority import Authority, AuthorityUnusable
 from coordinator.commands import Commands
 from coordinator.config import Config
@@ -149,8 +151,9 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         is_connected=lambda: session.is_connected,
     )
     joining = EnrolmentCalls(enrolment, access)
+    recovery = RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake)
     people = AccountCalls(database, changes, entry, access, public_url=config.public_url)
-    app = make_app(config, calls, joining, people, access)
+    app = make_app(config, calls, joining, people, recovery, access)
     console.attach(
         app,
         fleet=config.fleet,
@@ -209,12 +212,15 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def make_app(config: Config, calls: Calls, joining: EnrolmentCalls, people: AccountCalls, access: Access) -> web.Application:
+def make_app(
+    config: Config, calls: Calls, joining: EnrolmentCalls, people: AccountCalls, recovery: RecoveryCalls, access: Access
+) -> web.Application:
     """The API under ``/v1``."""
     app = web.Application(middlewares=[problems], client_max_size=config.model_limit_bytes)
     app.add_routes([web.route(call.method, call.path, calls.handler(call)) for call in CALLS])
     app.add_routes([web.route(call.method, call.path, joining.handler(call)) for call in enrolment_calls.CALLS])
     app.add_routes([web.route(call.method, call.path, people.handler(call)) for call in account_calls.CALLS])
+    app.add_routes([web.route(call.method, call.path, recovery.handler(call)) for call in recovery_calls.CALLS])
     described = document()
 
     async def openapi(request: web.Request) -> web.Response:

@@ -109,8 +109,14 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
     before = nodes.read_desired(tables)
     plan = planner.plan(boxes, wanted, {node: planner.BoxPlan(doc.replicas, doc.routes) for node, doc in before.items()})
     changed = []
-    too_large: dict[str, int] = {}
+    untold = {
+        node.id: f"{node.id} can't be told: it holds generation {held}, and this coordinator knows no such: see 'skerry recover'"
+        for node in stored_nodes
+        if (held := nodes.ahead(node, before.get(node.id)))
+    }
     for node, part in plan.boxes.items():
+        if node in untold:
+            continue
         old = before.get(node)
         revoked = sorted(name for name, site in thrown_out.items() if sites.get(node) in (None, site))
         signatures = _signatures_of(part.replicas, stored_models)
@@ -128,14 +134,14 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
         document = Desired(fleet, node, generation, issued_at_ms, *now, expires_at_ms=expires_at_ms, retired_keys=retired)
         size = len(codec.encode(document)) + ENVELOPE_BYTES
         if size > codec.MAX_MESSAGE_BYTES:
-            too_large[node] = size
+            untold[node] = f"{node} can't be told: its document would have {size} bytes, at most {codec.MAX_MESSAGE_BYTES} are sent"
             continue
         nodes.save_desired(tables, document)
         changed.append(document)
-    outcomes = {name: _with_sizes(outcome, too_large) for name, outcome in plan.outcomes.items()}
+    outcomes = {name: _with_untold(outcome, untold) for name, outcome in plan.outcomes.items()}
     if outcomes != deployments.read_outcomes(tables):
         deployments.save_outcomes(tables, outcomes)
-    _note_moves(tables, plan, before, now_ms)
+    _note_moves(tables, {node: part for node, part in plan.boxes.items() if node not in untold}, before, now_ms)
     limits = {terms.lost_after_ms, *(want.spec.disconnect.lost_after_ms for want in wanted)}
     times = [stored.contact.next_change_ms(ear.heard_until_ms, limits) for stored in stored_nodes]
     if any(planner.is_doubled(outcome) for outcome in plan.outcomes.values()):
@@ -156,16 +162,16 @@ def _note_lost(tables: Tables, stored_nodes: list[nodes.Node], ear: Ear, lost_af
         events.add_own_event(tables, stored.id, kind, stored.id, text, now_ms)
 
 
-def _note_moves(tables: Tables, plan: planner.Plan, before: Mapping[str, Desired], now_ms: int) -> None:
+def _note_moves(tables: Tables, boxes: Mapping[str, planner.BoxPlan], before: Mapping[str, Desired], now_ms: int) -> None:
     """Write down what runs elsewhere from now on, in place of a lost box's, and what does no more."""
-    for node, part in plan.boxes.items():
+    for node, part in boxes.items():
         old = {replica.name: replica for replica in before[node].replicas} if node in before else {}
         new = {replica.name: replica for replica in part.replicas}
         for name in new.keys() - old.keys():
             if new[name].replaces:
                 events.add_own_event(tables, node, "replica.replaces", name, f"in place of {new[name].replaces}, which is lost", now_ms)
         for name in old.keys() - new.keys():
-            elsewhere = sorted(other for other, box in plan.boxes.items() if any(replica.name == name for replica in box.replicas))
+            elsewhere = sorted(other for other, box in boxes.items() if any(replica.name == name for replica in box.replicas))
             if elsewhere:
                 events.add_own_event(tables, node, "replica.moved", name, f"it runs on {elsewhere[0]}, and here no more", now_ms)
 
@@ -177,13 +183,12 @@ def _signatures_of(replicas: list[ReplicaSpec], stored: Mapping[tuple[str, int],
     return {f"{name}/{version}": signature for (name, version), signature in found if signature is not None}
 
 
-def _with_sizes(outcome: planner.Outcome, too_large: dict[str, int]) -> planner.Outcome:
-    """The outcome, with a word on boxes that can't be told of it because what they run no longer fits into a message."""
-    stuck = sorted({placement.node for placement in outcome.placements} & set(too_large))
+def _with_untold(outcome: planner.Outcome, untold: Mapping[str, str]) -> planner.Outcome:
+    """The outcome, with a word on boxes that can't be told of it: what they run fits into no message, or they hold newer documents."""
+    stuck = sorted({placement.node for placement in outcome.placements} & set(untold))
     if not stuck:
         return outcome
-    words = f"{stuck[0]} can't be told: its document would have {too_large[stuck[0]]} bytes, at most {codec.MAX_MESSAGE_BYTES} are sent"
-    return msgspec.structs.replace(outcome, problem="; ".join(filter(None, [outcome.problem, words])))
+    return msgspec.structs.replace(outcome, problem="; ".join(filter(None, [outcome.problem, untold[stuck[0]]])))
 
 
 class PlanLoop:

@@ -73,7 +73,7 @@ class Views:
         desired: Desired | None,
         streams: list[events.Account],
         enrolment: identity.Enrolment | None,
-        ahead: list[Outlook],
+        coming: list[Outlook],
     ) -> NodeView:
         birth, reported = node.birth, node.reported
         is_out = enrolment is not None and enrolment.revoked_at_ms > 0
@@ -82,7 +82,8 @@ class Views:
             id=node.id,
             state="revoked" if is_out else _state(node),
             silent_since_ms=0 if node.online else node.silent_since_ms,
-            outlook=ahead,
+            outlook=coming,
+            is_ahead=bool(nodes.ahead(node, desired)),
             tier=enrolment.tier if enrolment else birth.tier if birth else None,
             labels=(birth.labels if birth else {}) | (enrolment.labels if enrolment else {}),
             is_enrolled=enrolment is not None and not is_out,

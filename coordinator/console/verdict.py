@@ -67,7 +67,10 @@ def _of_a_node(node: NodeView) -> Iterable[Trouble]:
         yield Trouble(level, node.id, href, "can't tell a crash from a cut link", node.silent_since_ms)
     elif node.state == "offline":
         yield Trouble("warn", node.id, href, "its agent signed off", node.silent_since_ms)
-    if node.refused:
+    if node.is_ahead:
+        text = f"holds generation {node.reported_generation}, {node.generation} is known here: restored from a backup? see 'skerry recover'"
+        yield Trouble("bad", node.id, href, text)
+    elif node.refused:
         yield Trouble("bad", node.id, href, f"refuses what it is told: {node.refused}")
     elif node.state == "online" and node.reported_generation != node.generation:
         yield Trouble("busy", node.id, href, f"generation {node.generation} is wanted, it reports {node.reported_generation}")

@@ -124,6 +124,12 @@ def read_desired(tables: Tables) -> dict[str, Desired]:
     return {row["node"]: _own(row["document"], Desired) for row in rows}
 
 
+def ahead(node: Node, told: Desired | None) -> int:
+    """The generation that a box says it holds, where that is newer than what it was told from here; 0 where it is not."""
+    held = node.reported.generation if node.reported else 0
+    return held if held > (told.generation if told else 0) else 0
+
+
 def save_desired(tables: Tables, desired: Desired) -> None:
     """Keep what a box is told, before it is told."""
     tables.execute(

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from skerry import __version__
-from skerry.cli import command, explain, images, inference, joining, logs, models, output, people
+from skerry.cli import command, explain, images, inference, joining, logs, models, output, people, recovery
 from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, path_of, save_login
 from skerry.cli.command import Json, reporting
 from skerry.wire import codec, oip
@@ -38,6 +38,7 @@ app.add_typer(people.audit_app, name="audit")
 app.command("whoami")(people.whoami)
 app.command("logs")(logs.show)
 app.command("explain")(explain.show)
+app.command("recover")(recovery.recover)
 
 
 @app.command()

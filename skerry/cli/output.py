@@ -94,6 +94,8 @@ def print_node(node: NodeView) -> None:
         console.print(f"  no {rung}: {escape(reason)}", soft_wrap=True)
     console.print(f"  {node.cpus} cores, {format_bytes(node.memory_bytes)}, {len(node.gpus)} GPUs")
     console.print(f"  desired generation {node.generation}, reported {node.reported_generation}")
+    if node.is_ahead:
+        console.print("  [red]it holds more than this coordinator ever told it:[/] see 'skerry recover --dry-run'")
     if node.refused:
         console.print(f"  [red]refused:[/] {escape(node.refused)}")
     table = table_of("replica", "phase", "sandbox", "provider", "restarts", "reason")

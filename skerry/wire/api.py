@@ -1,6 +1,6 @@
 """What the coordinator's REST API answers; the command line, the console and scripts read these."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -49,7 +49,7 @@ class Outlook(msgspec.Struct, frozen=True):
 class NodeView(msgspec.Struct, frozen=True):
     """One box. ``generation`` is what it should do, ``reported_generation`` what it says that it does. ``bound`` names the
     labels that it was enrolled with and can't change. Of a silent one, ``silent_since_ms`` is since when, and ``outlook`` what
-    becomes of its replicas."""
+    becomes of its replicas. ``is_ahead``: it holds a newer document than it was ever told from here."""
 
     id: str
     state: NodeState
@@ -78,11 +78,30 @@ class NodeView(msgspec.Struct, frozen=True):
     bound: list[str] = []
     silent_since_ms: int = 0
     outlook: list[Outlook] = []
+    is_ahead: bool = False
 
     @property
     def is_silent(self) -> bool:
         """Whether what is known of it is the last that it said."""
         return self.state in SILENT
+
+
+class AheadView(msgspec.Struct, frozen=True):
+    """A box that holds a document of ``held_generation``, where this coordinator told it no more than ``known_generation``: it was restored
+    from a backup of an earlier day. Were it led from here again, it would stop ``stops``, start ``starts`` and keep ``keeps``."""
+
+    node: str
+    held_generation: int
+    known_generation: int
+    stops: list[str]
+    starts: list[str]
+    keeps: list[str]
+
+
+class TakeOver(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which boxes are to be led from here again; all that are ahead where none is named."""
+
+    nodes: Annotated[list[str], msgspec.Meta(max_length=100_000)] = []
 
 
 class LogsView(msgspec.Struct, frozen=True):

@@ -172,6 +172,57 @@ def test_a_box_whose_disk_is_one_of_an_earlier_day_goes_on_under_new_numbers_and
         assert all(stream.missing == 0 and stream.lost == 0 for stream in world.node("van-7").streams if stream.stream == "events")
 
 
+def test_a_coordinator_restored_from_an_earlier_day_stops_nothing_and_leads_again_when_it_is_told_to(scale_model, tmp_path):
+    with running() as world:
+        world.push(scale_model, "scale")
+        world.deploy(SCALE)
+        world.wait_ready("scale")
+        config, secret, file = world.fleet.folder / "coordinator" / "coordinator.toml", tmp_path / "secret", tmp_path / "monday.backup"
+        secret.write_text("correct horse battery\n")
+        coordinator = [sys.executable, "-m", "coordinator"]
+        where = [file, "--config", config, "--passphrase-file", secret, "--signer-dir", world.fleet.folder / "signer"]
+        subprocess.run([*coordinator, "backup", *where], check=True, timeout=60, stdin=subprocess.DEVNULL)
+        assert file.stat().st_mode & 0o777 == 0o600
+        world.deploy(SCALE.replace("name: scale", "name: later"))
+        world.wait_ready("later")
+
+        def sandboxes() -> set[str]:
+            return {path.parent.name for path in world.fleet.folder.glob("boxes/*/warden/bubblewrap/*/handle.json")}
+
+        before = sandboxes()
+        refused = subprocess.run([*coordinator, "restore", *where], capture_output=True, text=True, timeout=60, check=False)
+        assert (refused.returncode, "runs already" in refused.stderr) == (1, True), "not while it runs"
+        world.do(world.fleet.kill("coordinator"))
+        world.do(world.fleet.kill("signer"))
+        subprocess.run([*coordinator, "restore", *where], check=True, timeout=60, stdin=subprocess.DEVNULL)
+        world.do(world.fleet.start_process("signer"))
+        world.do(world.fleet.start_process("coordinator"))
+
+        def all_are_ahead() -> bool:
+            with contextlib.suppress(CliError):  # it starts
+                return [node.is_ahead for node in world.nodes()] == [True] * 4
+            return False
+
+        wait_until(all_are_ahead, 60, world.log_tails)
+        time.sleep(3)
+        assert sandboxes() == before
+        for name in ("scale", "later"):
+            assert post(infer_url(world, model=name), good())[0] == 200
+        assert "see 'skerry recover'" in world.deployment("scale").problem
+        told = world.cli("recover", "--dry-run")
+        assert b"stops later-0" in told.stdout, told
+        world.deploy(SCALE.replace("name: scale", "name: later"))
+        wait_until(lambda: b"stops" not in world.cli("recover", "--dry-run").stdout, 20)
+        assert world.cli("recover", "no-such-box").returncode == 2
+        done = world.cli("recover", "--yes")
+        assert b"4 boxes are led from here again" in done.stdout, done
+        world.wait_ready("scale")
+        world.wait_ready("later")
+        wait_until(lambda: all(node.generation == node.reported_generation for node in world.nodes()), 20)
+        assert sandboxes() == before, "nothing was stopped or started by it"
+        assert {"coordinator.restored", "node.taken_over"} <= {event.kind for event in world.events()}
+
+
 def test_a_cold_boot_with_no_network_at_all_ends_in_a_serving_box(scale_model):
     with running() as world:
         world.push(scale_model, "scale")

@@ -1,0 +1,1 @@
+"""All that a coordinator is, in one encrypted file, and back."""

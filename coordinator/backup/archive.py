@@ -137,8 +137,6 @@ def restore(source: Path, passphrase: bytes, *, fleet: str, state_dir: Path, sig
             opening = Opening(file, passphrase)
             with tarfile.open(fileobj=cast("io.BytesIO", opening), mode="r|") as tar:
                 manifest = _unpack(tar, staging, fleet, progress)
-            while opening.read(1 << 20):  # to the end: what is cut off shows there
-                pass
         _end_what_was_open(staging / REGISTRY, manifest)
         if (staging / SIGNER).exists():
             if signer_dir is None:

@@ -74,6 +74,22 @@ def test_a_bit_that_is_another_an_end_that_is_missing_or_parts_in_another_order_
     assert found == content
 
 
+@pytest.mark.parametrize("how", ["swapped", "repeated", "without one", "cut at a seam"])
+def test_whole_chunks_can_be_neither_moved_nor_left_out(how):
+    step = CHUNK_BYTES + TAG_BYTES
+    whole = sealed(b"".join(bytes([number]) * CHUNK_BYTES for number in range(3)) + b"end")
+    header, one, two, three, last = (
+        whole[:HEADER_BYTES], *(whole[HEADER_BYTES + number * step :][:step] for number in range(3)), whole[HEADER_BYTES + 3 * step :],
+    )  # fmt: skip
+    assert opened(header + one + two + three + last)[-3:] == b"end"
+    changed = {
+        "swapped": two + one + three + last, "repeated": one + one + two + three + last, "without one": one + three + last,
+        "cut at a seam": one + two + three,
+    }[how]  # fmt: skip
+    with pytest.raises(SealBroken):
+        opened(header + changed)
+
+
 @pytest.mark.parametrize("data", [b"", b"x", MAGIC, MAGIC + b"\x00" * 40, MAGIC + b"\xff" * 60, MAGIC + b"\x1f" + b"\x00" * 60])
 def test_what_is_no_backup_costs_neither_time_nor_memory(data):
     with pytest.raises(SealBroken, match="no backup"):

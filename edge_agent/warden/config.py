@@ -39,4 +39,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long a sandbox of ours that nothing is known of is left alone after a start."""
     uid_first: Annotated[int, msgspec.Meta(ge=1000, le=2_147_000_000)] = 1_879_100_000
     """User ids are given to sandboxes from here on; above those that systemd, container engines and directories give out."""
+    models_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """What models may take of the disk, as far as others than those that are deployed and their predecessors can go for it."""
+    disk_reserve_bytes: Annotated[int, msgspec.Meta(ge=0)] = 192 * 2**20
+    """Models that are not deployed go while less of the disk is free."""
     journal_entries: Annotated[int, msgspec.Meta(ge=100, le=1_000_000)] = 10_000

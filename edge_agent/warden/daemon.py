@@ -18,6 +18,7 @@ from edge_agent.warden.link_watch import LinkWatch
 from edge_agent.warden.listener import Listener
 from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
+from edge_agent.warden.shelf import Shelf
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
 from edge_agent.warden.trust import TrustFile
@@ -25,7 +26,7 @@ from edge_agent.warden.verify import Refused, unvouched
 from skerry.runtime import keys, lifecycle, log, nvml, sdnotify, settings
 from skerry.runtime.proved_time import ProvedTime
 from skerry.wire import signing
-from skerry.wire.messages import RUNGS, Rung
+from skerry.wire.messages import RUNGS, Desired, Rung
 
 logger = log.get("warden")
 
@@ -85,6 +86,18 @@ def trusted_keys(path: Path) -> tuple[list[Ed25519PublicKey], int]:
         raise settings.SettingsError(f"trusted_keys_file: {path}: {exc}") from exc
 
 
+def held_document(documents: Documents, journal: Journal, store: Store) -> Desired | None:
+    """What this box was told last; one that is not trusted any more is set aside. Raises SettingsError."""
+    try:
+        return documents.load()
+    except StoreFailed as exc:
+        raise settings.SettingsError(f"state_dir: {exc}") from exc
+    except Refused as exc:
+        journal.add("desired.damaged", "", f"the document on disk is not used: {exc}", at_ms=time.time_ns() // 1_000_000)
+        store.set_aside_desired()
+        return None
+
+
 async def main(config: Config, stop: asyncio.Event) -> None:
     """Run the warden until ``stop`` is set; sandboxes are left running for the next one to adopt."""
     trust = TrustFile(config.state_dir / "trust.json", *trusted_keys(config.trusted_keys_file))
@@ -94,14 +107,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
 
     proved = ProvedTime(config.state_dir / "proved_time.json")
     documents = Documents(config, store, trust, proved)
-    desired = None
-    try:
-        desired = documents.load()
-    except StoreFailed as exc:
-        raise settings.SettingsError(f"state_dir: {exc}") from exc
-    except Refused as exc:
-        journal.add("desired.damaged", "", f"the document on disk is not used: {exc}", at_ms=time.time_ns() // 1_000_000)
-        store.set_aside_desired()
+    desired = held_document(documents, journal, store)
     link = LinkWatch(config.state_dir / "link.json", proved)
     await asyncio.to_thread(host_runtime.compile_ours)
     drivers, absent = await working_drivers(config)
@@ -149,6 +155,12 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     reconciler.time_proof = lambda: proved.proof
     reconciler.cut_off_ms = lambda: link.cut_off_ms
     link.keep_every_s = reconciler.keep_link_every_s
+    reconciler.shelf = Shelf(
+        config.state_dir / "models.json", store,
+        now_ms=proved.now_at_least_ms, reserve_bytes=config.disk_reserve_bytes, most_bytes=config.models_bytes,
+    )  # fmt: skip
+    if desired is not None:
+        reconciler.shelf.note(desired)
     journal.on_add = announce
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(reconciler.run(stop), name="warden.reconcile")

@@ -21,6 +21,7 @@ from edge_agent.warden.config import Config
 from edge_agent.warden.journal import Journal
 from edge_agent.warden.ports import SOCKET_NAME, Driver, DriverFailed, Ending
 from edge_agent.warden.roster import Known, Roster
+from edge_agent.warden.shelf import Shelf
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
 from edge_agent.warden.warm import WarmPool
@@ -33,6 +34,8 @@ from skerry.wire.proof import Proof
 
 logger = log.get("warden.reconcile")
 
+TEND_EVERY_S, TEND_SOON_S = 60.0, 5.0
+"""How often it is looked whether models must go, and while some are to come."""
 STEADY_POLL_S = 1.0
 STARTING_POLL_S = 0.005
 SOCKET_POLL_S = 0.001
@@ -44,7 +47,8 @@ REFUSED_EVERY_S = 5.0
 
 class Reconciler:
     """Owns the sandboxes of this box. ``wake`` asks for a look now; ``on_change`` hears of every new State.
-    ``time_proof`` is what agent and gateway are told of the time; ``cut_off_ms`` is how long there has been no link."""
+    ``time_proof`` is what agent and gateway are told of the time; ``cut_off_ms`` is how long there has been no link; ``shelf``
+    makes room for models."""
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class Reconciler:
         self.on_change: Callable[[State], None] = lambda _: None
         self.time_proof: Callable[[], Proof] = Proof
         self.cut_off_ms: Callable[[], int] = lambda: 0
+        self.shelf: Shelf | None = None
         self._stopped: dict[str, str] = {}
         self.looked_at = time.monotonic()
 
@@ -111,6 +116,8 @@ class Reconciler:
             if self._unvouched.get(name) != reason:
                 self._say("model.refused", name, reason)
         self.desired, self.refused, self._unvouched = desired, "", unvouched
+        if self.shelf is not None:
+            self.shelf.note(desired)
         self.wake()
 
     def refuse(self, reason: str) -> None:
@@ -171,6 +178,7 @@ class Reconciler:
             await self._census.look(is_urgent=is_news)  # what it does not see now it sees once the news are acted on
             moved = await self._converge()
             self._publish()
+            await self._tend_disk()
             self._journal.flush()
             self.looked_at = time.monotonic()
             if not moved:
@@ -235,6 +243,16 @@ class Reconciler:
         for name in stopped.keys() - self._stopped.keys():
             self._say("replica.cut_off", name, stopped[name])
         self._stopped = {name: self._stopped.get(name, reason) for name, reason in stopped.items()}
+
+    async def _tend_disk(self) -> None:
+        """Have models go that nobody needs, before those come that somebody does: each for a while in the agent's folder and in ours."""
+        needs = self._needs()
+        if self.shelf is None or not self.shelf.is_due(TEND_SOON_S if needs else TEND_EVERY_S):
+            return
+        in_use = {known.spec.model.sha256 for known in self._known.values()}
+        in_use |= {spec.model.sha256 for spec in (self.desired.replicas if self.desired else [])}
+        for model in await asyncio.to_thread(self.shelf.tend, in_use, 2 * sum(model.size_bytes for model in needs)):
+            self._say("model.evicted", model.sha256, f"{model.size_bytes} bytes, not deployed here any more")
 
     def _run(self, step: diff.Step, now: float) -> Coroutine[Any, Any, bool]:
         match step:

@@ -1,5 +1,6 @@
 """What the warden keeps on disk: the desired document as it was signed, and models whose bytes it has hashed itself."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -7,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from edge_agent.warden.reserve import Reserve
 from skerry.runtime import durable
 from skerry.wire.messages import ModelRef
 
 T = TypeVar("T")
 
+RESERVE_BYTES = 4 << 20
 _CHUNK_BYTES = 1 << 20
 
 
@@ -24,17 +27,27 @@ class Store:
 
     def __init__(self, state_dir: Path) -> None:
         self._desired = state_dir / "desired.json"
+        self._reserve = Reserve(state_dir / "reserve", RESERVE_BYTES)
         self._models = state_dir / "models"
         self._models.mkdir(parents=True, exist_ok=True)
         for left_over in self._models.glob("*/.staging"):
             left_over.unlink()
 
     def save_desired(self, envelope: bytes) -> None:
-        """Persist before acting. Raises StoreFailed."""
+        """Persist before acting, on a full disk with the room that is kept for it. Raises StoreFailed."""
         try:
-            durable.write(self._desired, envelope)
+            try:
+                durable.write(self._desired, envelope)
+            except OSError as exc:
+                if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._reserve.give_up():
+                    raise
+                durable.write(self._desired, envelope)
         except OSError as exc:
             raise StoreFailed(f"the document can't be kept: {exc.strerror}") from exc
+
+    def hold_reserve(self) -> None:
+        """Keep room for the next document, where there is some."""
+        self._reserve.hold()
 
     def load_desired(self, judge: Callable[[bytes], T]) -> T | None:
         """What ``judge`` makes of the document last saved, since the file may have been tampered with. It raises for a bad one."""
@@ -55,6 +68,14 @@ class Store:
     def models(self) -> set[str]:
         """Digests of the admitted models."""
         return {folder.name for folder in self._models.iterdir() if (folder / "model.onnx").is_file()}
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the admitted models, by digest."""
+        return {digest: self.model_path(digest).stat().st_size for digest in self.models()}
+
+    def remove(self, sha256: str) -> None:
+        """Forget a model; a sandbox that runs it keeps its own name of the file."""
+        shutil.rmtree(self.model_path(sha256).parent, ignore_errors=True)
 
     def admit(self, incoming: Path, model: ModelRef) -> None:
         """Copy a fetched model in while hashing it, so that what was checked is what will be used. Raises StoreFailed.

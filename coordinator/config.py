@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from skerry.runtime.settings import Broker, SettingsError, is_loopback, split_listen
+from skerry.wire.messages import MOST_ADDRESSES
 from skerry.wire.topics import Name
 
 
@@ -33,6 +34,26 @@ class OpenIdConnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("admins, operators, viewers: without a group nobody is let in")
 
 
+class Announce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where boxes are told to find broker and coordinator, before where their settings say: for a move, or for a second way."""
+
+    brokers: list[str] = []
+    """host:port, in the order in which they are tried."""
+    coordinator: str = ""
+    """Its URL, from which boxes fetch models and certificates."""
+
+    def __post_init__(self) -> None:
+        if len(self.brokers) > MOST_ADDRESSES:
+            raise ValueError(f"announce.brokers: names more than {MOST_ADDRESSES}")
+        for address in self.brokers:
+            try:
+                split_listen(address)
+            except SettingsError as exc:
+                raise ValueError(f"announce.brokers: {address[:80]!r} is not host:port") from exc
+        if self.coordinator and not self.coordinator.startswith(("http://", "https://")):
+            raise ValueError(f"announce.coordinator: {self.coordinator[:80]!r} is not an http:// or https:// address")
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``/etc/skerry/coordinator.toml``."""
 
@@ -41,6 +62,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: str
     public_url: str
     broker: Broker
+    announce: Announce = Announce()
     signer_socket: Path | None = None
     """Where ``skerry-signer`` listens; where none is named, the key lies in ``state_dir`` and this program signs."""
     desired_days: Annotated[float, msgspec.Meta(ge=0.001, le=365)] = 30.0

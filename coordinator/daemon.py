@@ -45,7 +45,7 @@ from coordinator.views import Views
 from coordinator.vouching import Vouching
 from skerry.runtime import keys, lifecycle, log, sdnotify, settings, tls
 from skerry.wire.identity import Role, Subject
-from skerry.wire.messages import Ack, LogsRequest
+from skerry.wire.messages import Ack, Addresses, LogsRequest
 
 logger = log.get("coordinator")
 
@@ -86,7 +86,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
     publisher = Publisher(session, signer, database)
     plan_loop = PlanLoop(
         database, publisher, news, signer,
-        fleet=config.fleet, terms=Terms(int(config.desired_days * DAY_MS), None, int(config.lost_after_s * 1000)),
+        fleet=config.fleet, terms=_terms(config),
         listening_since_ms=lambda: session.listening_since_ms,
     )  # fmt: skip
     evictions = Evictions(config.broker, authority, config.fleet, now_ms=_now_ms)
@@ -206,6 +206,11 @@ def _tls(config: Config) -> ssl.SSLContext | None:
         return None
     folder = config.state_dir / "ca"
     return tls.server(folder / "coordinator.crt", folder / "coordinator.key")
+
+
+def _terms(config: Config) -> Terms:
+    addresses = Addresses(config.announce.brokers, config.announce.coordinator)
+    return Terms(int(config.desired_days * DAY_MS), None, int(config.lost_after_s * 1000), addresses)
 
 
 def _now_ms() -> int:

@@ -21,7 +21,7 @@ from skerry.runtime import lifecycle, log
 from skerry.wire import codec
 from skerry.wire.bundle import Bundle
 from skerry.wire.identity import SITE
-from skerry.wire.messages import Desired, ReplicaSpec
+from skerry.wire.messages import Addresses, Desired, ReplicaSpec
 
 logger = log.get("coordinator.plan")
 
@@ -63,11 +63,12 @@ def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None, ear: Ear) 
 
 class Terms(msgspec.Struct, frozen=True):
     """Under which documents are made: how long they may be taken, and which signing keys are the fleet's no more; None while the signer
-    has not said. And how long a box must be silent to be called lost."""
+    has not said. And how long a box must be silent to be called lost, and where boxes are told to find us."""
 
     lifetime_ms: int
     retired_keys: list[str] | None
     lost_after_ms: int = 60_000
+    addresses: Addresses = Addresses()
 
 
 def is_stale(document: Desired | None, terms: Terms, *, enrolled_at_ms: int, now_ms: int) -> bool:
@@ -123,6 +124,7 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
         now = (part.replicas, part.routes, revoked, signatures)
         enrolled_at_ms = enrolled[node].enrolled_at_ms if node in enrolled else 0
         is_told = old is not None and (old.replicas, old.routes, old.revoked, old.signatures) == now
+        is_told = is_told and old is not None and old.addresses == terms.addresses
         if is_told and not is_stale(old, terms, enrolled_at_ms=enrolled_at_ms, now_ms=now_ms):
             continue
         if old is None and not part.replicas and not part.routes:
@@ -131,7 +133,9 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
         issued_at_ms = max(now_ms, enrolled_at_ms, old.issued_at_ms + 1 if old else 0)  # boxes take it for proof of the time
         expires_at_ms = issued_at_ms + terms.lifetime_ms
         retired = terms.retired_keys if terms.retired_keys is not None else old.retired_keys if old else []
-        document = Desired(fleet, node, generation, issued_at_ms, *now, expires_at_ms=expires_at_ms, retired_keys=retired)
+        document = Desired(
+            fleet, node, generation, issued_at_ms, *now, expires_at_ms=expires_at_ms, retired_keys=retired, addresses=terms.addresses
+        )
         size = len(codec.encode(document)) + ENVELOPE_BYTES
         if size > codec.MAX_MESSAGE_BYTES:
             untold[node] = f"{node} can't be told: its document would have {size} bytes, at most {codec.MAX_MESSAGE_BYTES} are sent"

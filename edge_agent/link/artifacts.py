@@ -39,7 +39,8 @@ class Artifacts:
         self,
         *,
         folder: Path,
-        url: str,
+        url: Callable[[], str],
+        url_failed: Callable[[], None] = lambda: None,
         token: str,
         proxy: str,
         ca_file: str = "",
@@ -48,7 +49,8 @@ class Artifacts:
         reserve_bytes: int = RESERVE_BYTES,
     ) -> None:
         self._folder = folder
-        self._url = url.rstrip("/")
+        self._url = url
+        self._url_failed = url_failed
         self._token = token
         self._ca_file = ca_file
         self._judge = judge
@@ -75,7 +77,8 @@ class Artifacts:
         """Fetch until ``stop`` is set."""
         self._folder.mkdir(parents=True, exist_ok=True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(ssl=tls.client(self._ca_file, judge=self._judge)) if self._url.startswith("https:") else None
+        secured = self._ca_file or self._url().startswith("https:")  # and where it moves to
+        connector = aiohttp.TCPConnector(ssl=tls.client(self._ca_file, judge=self._judge)) if secured else None
         headers = {"Authorization": f"Bearer {self._token}"}
         async with aiohttp.ClientSession(timeout=timeout, headers=headers, connector=connector) as session:
             while not stop.is_set():
@@ -96,6 +99,8 @@ class Artifacts:
         try:
             await self._download(session, model)
         except (FetchFailed, aiohttp.ClientError, OSError, TimeoutError) as exc:
+            if not isinstance(exc, FetchFailed):
+                self._url_failed()
             reason = f"model {model.name}:{model.version}: {exc or type(exc).__name__}"
             logger.warning("model.not_fetched", reason=reason, attempt=attempt + 1)
             self._arrived(model.sha256, reason[:500])
@@ -124,7 +129,7 @@ class Artifacts:
 
     async def _stream(self, session: aiohttp.ClientSession, model: ModelRef, part: Path, digest: "hashlib._Hash", have: int) -> None:
         headers = {"Range": f"bytes={have}-"} if have else {}
-        async with session.get(f"{self._url}/v1/artifacts/{model.sha256}", headers=headers, proxy=self._proxy) as response:
+        async with session.get(f"{self._url()}/v1/artifacts/{model.sha256}", headers=headers, proxy=self._proxy) as response:
             if response.status not in (200, 206):
                 raise FetchFailed(f"the coordinator answered {response.status}")
             if (response.status == 206) != bool(have):

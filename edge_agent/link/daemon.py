@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from edge_agent.link.addresses import AddressBook
 from edge_agent.link.artifacts import Artifacts
 from edge_agent.link.commands import Commands
 from edge_agent.link.config import Config
@@ -66,6 +67,39 @@ class Inventory:
         )
 
 
+class Taking:
+    """Takes what warden and gateway tell over into the outbox."""
+
+    def __init__(self, outbox: Outbox, session: Callable[[], Session], node: str) -> None:
+        self._outbox = outbox
+        self._session = session
+        self._node = node
+        self._lost = 0
+
+    def entries(self, entries: Entries) -> tuple[str, int] | None:
+        """The warden's journal; how far it was taken, None where the disk refuses."""
+        if entries.lost > self._lost:
+            self._lost = entries.lost
+            text = f"{entries.lost} entries of the warden's journal were dropped in all"
+            self._session().say_event("journal.dropped", self._node, text)
+        try:
+            self._outbox.add_entries(entries.journal, entries.entries)
+        except OutboxFailed as exc:
+            logger.error("outbox.full", reason=str(exc))
+            return None
+        self._session().events_added()
+        return self._outbox.journal_position()
+
+    def routed(self, totals: GatewayTotals) -> None:
+        """The gateway's sampled decisions."""
+        try:
+            self._outbox.add_routed("request.routed", totals, at_ms=time.time_ns() // 1_000_000)
+        except OutboxFailed as exc:
+            logger.error("outbox.full", reason=str(exc))
+            return
+        self._session().events_added()
+
+
 async def main(config: Config, stop: asyncio.Event) -> None:
     """Run the agent until ``stop`` is set."""
     token = read_token(config.coordinator.token_file)
@@ -73,9 +107,11 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     inventory = Inventory(config, lambda: outbox.epoch)
     proved = ProvedTime(config.state_dir / "proved_time.json")
     judge = tls.Judge(proved.now_at_least_ms, Path(config.broker.cert_file) if config.broker.cert_file else None)
+    book = AddressBook(config.state_dir / "addresses.json", config.broker, config.coordinator.url)
     artifacts = Artifacts(
         folder=config.state_dir / "incoming",
-        url=config.coordinator.url,
+        url=book.coordinator_url,
+        url_failed=book.coordinator_failed,
         token=token,
         ca_file=config.coordinator.ca_file,
         judge=judge,
@@ -85,6 +121,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
 
     async def on_state(state: State) -> None:
         proved.believe(state.time)
+        book.hear(state.addresses)
         if (state.rungs, state.rungs_absent) != (inventory.rungs, inventory.rungs_absent):
             inventory.rungs, inventory.rungs_absent = state.rungs, state.rungs_absent
             session.announce()
@@ -92,37 +129,15 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         session.report(state.reported)
         artifacts.need(state.needs)
 
-    journal_lost = 0
-
-    def on_entries(entries: Entries) -> tuple[str, int] | None:
-        nonlocal journal_lost
-        if entries.lost > journal_lost:
-            journal_lost = entries.lost
-            session.say_event("journal.dropped", config.node, f"{entries.lost} entries of the warden's journal were dropped in all")
-        try:
-            outbox.add_entries(entries.journal, entries.entries)
-        except OutboxFailed as exc:
-            logger.error("outbox.full", reason=str(exc))
-            return None
-        session.events_added()
-        return outbox.journal_position()
-
-    def on_routed(totals: GatewayTotals) -> None:
-        try:
-            outbox.add_routed("request.routed", totals, at_ms=time.time_ns() // 1_000_000)
-        except OutboxFailed as exc:
-            logger.error("outbox.full", reason=str(exc))
-            return
-        session.events_added()
-
-    warden = WardenLink(config.warden_socket, on_state=on_state, on_entries=on_entries, position=outbox.journal_position)
+    taking = Taking(outbox, lambda: session, config.node)
+    warden = WardenLink(config.warden_socket, on_state=on_state, on_entries=taking.entries, position=outbox.journal_position)
 
     async def reply(correlation: bytes, message: LogsReply) -> None:
         await session.reply(correlation, message)
 
     commands = Commands(read_logs=warden.read_logs, reply=reply)
     session = Session(
-        reach=Reach(config.broker, config.will_delay_s, (config.reconnect_first_s, config.reconnect_most_s), judge),
+        reach=Reach(config.broker, config.will_delay_s, (config.reconnect_first_s, config.reconnect_most_s), judge, book.brokers),
         fleet=config.fleet,
         node=config.node,
         outbox=outbox,
@@ -131,6 +146,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         on_command=commands.hear,
         on_link=lambda is_up: warden.linked(is_up=is_up),
     )
+    book.on_move = session.move
     telemetry = Telemetry(
         every_s=config.sample_every_s,
         gateway_socket=config.gateway_socket,
@@ -139,14 +155,14 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         outbox_depth=outbox.depth,
         before=outbox.last_totals(),
         offer=session.offer,
-        routed=on_routed,
+        routed=taking.routed,
     )
     session.say_event("agent.started", config.node, f"version {__version__}")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(warden.run(stop), name="agent.warden")
         tasks.create_task(artifacts.run(stop), name="agent.artifacts")
         tasks.create_task(telemetry.run(stop), name="agent.telemetry")
-        tasks.create_task(Identity(config, say=session.say_event, proved=proved, judge=judge).run(stop), name="agent.identity")
+        tasks.create_task(Identity(config, say=session.say_event, proved=proved, judge=judge, book=book).run(stop), name="agent.identity")
         tasks.create_task(proved.run(stop), name="agent.proved_time")
         tasks.create_task(commands.run(stop), name="agent.commands")
         tasks.create_task(session.run(stop), name="agent.session")

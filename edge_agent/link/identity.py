@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_agent.core import renewal
 from edge_agent.core.renewal import Life
+from edge_agent.link.addresses import AddressBook
 from edge_agent.link.config import Config
 from skerry.runtime import backoff, durable, keys, lifecycle, log, streams, tls
 from skerry.runtime.proved_time import ProvedTime
@@ -46,11 +47,14 @@ class Identity:
     ``say`` takes an event's kind, subject and text. The certificate's first moment proves that it has passed.
     """
 
-    def __init__(self, config: Config, *, say: Callable[[str, str, str], None], proved: ProvedTime, judge: tls.Judge) -> None:
+    def __init__(
+        self, config: Config, *, say: Callable[[str, str, str], None], proved: ProvedTime, judge: tls.Judge, book: AddressBook
+    ) -> None:
         self._config = config
         self._say = say
         self._proved = proved
         self._judge = judge
+        self._book = book
         self._started_at = time.monotonic()
         self._renewed_at: float | None = None
 
@@ -69,6 +73,8 @@ class Identity:
                     attempt = 0
                     continue
             except (IdentityFailed, aiohttp.ClientError, OSError, TimeoutError) as exc:
+                if not isinstance(exc, IdentityFailed):
+                    self._book.coordinator_failed()
                 wait_s = backoff.delay_s(attempt, random.random(), first_s=RETRY_FIRST_S, most_s=RETRY_MOST_S)
                 reason = str(exc) or type(exc).__name__
                 logger.warning("certificate.not_renewed", reason=reason, again_in_s=round(wait_s, 1))
@@ -97,7 +103,8 @@ class Identity:
         own = keys.signing_request(key, self._config.node)
         request = RenewRequest(Path(broker.cert_file).read_text(), own, _text(self._config.gateway_csr_file))
         context: ssl.SSLContext | bool = True
-        if coordinator.url.startswith("https:"):
+        url = self._book.coordinator_url()
+        if url.startswith("https:"):
             try:
                 context = tls.client(coordinator.ca_file, judge=self._judge)
             except ValueError as exc:
@@ -106,7 +113,7 @@ class Identity:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
             session.post(
-                f"{coordinator.url.rstrip('/')}/v1/renew", data=codec.encode(request), ssl=context, proxy=coordinator.proxy or None,
+                f"{url}/v1/renew", data=codec.encode(request), ssl=context, proxy=coordinator.proxy or None,
                 headers={"Content-Type": "application/json"},
             ) as response,
         ):  # fmt: skip

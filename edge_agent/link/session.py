@@ -44,12 +44,18 @@ SUSPICIOUS_FLAPS = 3
 
 
 class Reach(msgspec.Struct, frozen=True):
-    """How the broker is reached: the first and the longest pause between two tries, and who says whether its certificate is over."""
+    """How the broker is reached: the first and the longest pause between two tries, who says whether its certificate is over, and where
+    else it may be, in the order in which that is tried."""
 
     broker: Broker
     will_delay_s: int
     backoff_s: tuple[float, float]
     judge: tls.Judge | None = None
+    others: Callable[[], list[Broker]] = list
+
+    def candidates(self) -> list[Broker]:
+        """All that are known of."""
+        return self.others() or [self.broker]
 
 
 class Session:
@@ -85,6 +91,7 @@ class Session:
         self._news = asyncio.Event()
         self._report_due = asyncio.Event()
         self._birth_due = asyncio.Event()
+        self._moved = asyncio.Event()
         self._connected_at_ms = 0
         self._confirmed_at = 0.0
         self._confirmed_seq = 0
@@ -123,6 +130,11 @@ class Session:
         self._reported = reported
         self._report_due.set()
 
+    def move(self) -> None:
+        """The broker is elsewhere, or will be: look there first, now."""
+        if self._reach.candidates()[0] != self._broker:
+            self._moved.set()
+
     def announce(self) -> None:
         """The inventory changed: say what the box is again."""
         self._birth_due.set()
@@ -157,10 +169,13 @@ class Session:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Stay connected until ``stop`` is set; a broker that is not there is waited for, not an error."""
-        attempt, flaps, lost_at, up_at = 0, 0, time.monotonic(), 0.0
+        attempt, flaps, lost_at, up_at, failed = 0, 0, time.monotonic(), 0.0, 0
         while not stop.is_set():
             was_up = False
             wait_s = 0.0
+            self._moved.clear()
+            candidates = self._reach.candidates()
+            self._broker = candidates[failed % len(candidates)]
             try:
                 epoch = self._outbox.next_session()
                 last_will = mqtt.will(
@@ -177,6 +192,7 @@ class Session:
                     await self._converse(client, epoch, stop)
                     goodbye = Presence(False, self._birth(epoch).boot_id, epoch, is_goodbye=True)
                     await self._publish(client, "presence", goodbye, retain=True)
+                    lost_at = time.monotonic()
             except (aiomqtt.MqttError, OSError, TimeoutError, OutboxFailed) as exc:
                 reason = str(exc) or type(exc).__name__
                 if was_up:
@@ -190,12 +206,15 @@ class Session:
                             "Give each box a name of its own"
                         )
                     self.say_event("link.lost", self._broker.host, reason)
+                failed = 0 if was_up else failed + 1  # after a loss from the first one on
                 if was_up or attempt == 0:
                     logger.warning(
                         "link.lost" if was_up else "broker.absent", broker=self._broker.host, port=self._broker.port, reason=reason
                     )
-                wait_s = backoff.delay_s(attempt, random.random(), first_s=self._reach.backoff_s[0], most_s=self._reach.backoff_s[1])
-                attempt += 1
+                is_round = was_up or failed % len(candidates) == 0
+                if is_round:  # all were tried
+                    wait_s = backoff.delay_s(attempt, random.random(), first_s=self._reach.backoff_s[0], most_s=self._reach.backoff_s[1])
+                    attempt += 1
             finally:
                 self._client = None
                 self._on_link(False)
@@ -211,7 +230,7 @@ class Session:
         self._report_due.set()
         self._client, self._connected_at_ms, self._nonce = client, uptime_ms(), secrets.token_hex(8)
         self._on_link(True)
-        stopping = asyncio.create_task(stop.wait(), name="agent.session.stop")
+        stopping = asyncio.create_task(lifecycle.any_of(stop, self._moved), name="agent.session.stop")
         loops = [
             asyncio.create_task(self._listen(client), name="agent.session.listen"),
             asyncio.create_task(self._send_births(client, epoch), name="agent.session.births"),

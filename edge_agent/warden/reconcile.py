@@ -29,7 +29,7 @@ from skerry.runtime import durable, lifecycle, log, refusals
 from skerry.wire import codec
 from skerry.wire.box import RouteTable, State
 from skerry.wire.logs import UNKNOWN_REPLICA
-from skerry.wire.messages import RUNGS, Desired, LogsReply, LogsRequest, ModelRef, ReplicaSpec, Rung
+from skerry.wire.messages import RUNGS, Addresses, Desired, LogsReply, LogsRequest, ModelRef, ReplicaSpec, Rung
 from skerry.wire.proof import Proof
 
 logger = log.get("warden.reconcile")
@@ -358,7 +358,8 @@ class Reconciler:
         rungs = sorted({driver.rung for driver in self._drivers}, key=RUNGS.index)
         by_replica = {status.spec.name: status for status in reversed(statuses)}
         reported = report_of(self.desired, by_replica, self._not_fetched, Withheld(self._unvouched, self._stopped), self.refused)
-        state = State(reported, self._needs(), rungs, self._absent, self.time_proof())
+        addresses = self.desired.addresses if self.desired else Addresses()
+        state = State(reported, self._needs(), rungs, self._absent, self.time_proof(), addresses)
         if state != self._state:
             self._state = state
             self.on_change(state)

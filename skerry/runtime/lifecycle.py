@@ -30,6 +30,16 @@ async def sleep_until(stop: asyncio.Event, seconds: float) -> bool:
     return stop.is_set()
 
 
+async def any_of(*events: asyncio.Event) -> None:
+    """Wait until one of ``events`` is set."""
+    waits = [asyncio.create_task(event.wait(), name="lifecycle.any_of") for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
 async def first_of(*events: asyncio.Event, within_s: float) -> None:
     """Wait until one of ``events`` is set, ``within_s`` at most."""
     waits = [asyncio.create_task(event.wait(), name="lifecycle.first_of") for event in events]

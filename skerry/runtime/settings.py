@@ -24,6 +24,8 @@ class Broker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cert_file: str = ""
     key_file: str = ""
     keepalive_s: Annotated[int, msgspec.Meta(ge=2, le=3600)] = 10
+    others: list[str] = []
+    """Further addresses of it, host:port, that are tried where the first does not answer."""
 
 
 def load(path: Path, kind: type[T]) -> T:

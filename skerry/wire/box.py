@@ -5,7 +5,19 @@ The agent and the warden each treat the other's lines as hostile: the agent face
 
 import msgspec
 
-from skerry.wire.messages import Batching, CloudBudget, LogsReply, LogsRequest, ModelRef, Reported, Rung, SplitMode, Tier, Upstream
+from skerry.wire.messages import (
+    Addresses,
+    Batching,
+    CloudBudget,
+    LogsReply,
+    LogsRequest,
+    ModelRef,
+    Reported,
+    Rung,
+    SplitMode,
+    Tier,
+    Upstream,
+)
 from skerry.wire.proof import Proof
 
 MAX_LINE_BYTES = 1024 * 1024
@@ -65,6 +77,7 @@ class State(msgspec.Struct, frozen=True, tag="state"):
     rungs: list[Rung] = []
     rungs_absent: dict[Rung, str] = {}
     time: Proof = Proof()
+    addresses: Addresses = Addresses()
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -166,6 +166,16 @@ class RouteSpec(msgspec.Struct, frozen=True):
     cloud_budget: CloudBudget | None = None
 
 
+MOST_ADDRESSES = 16
+
+
+class Addresses(msgspec.Struct, frozen=True):
+    """Where broker (host:port) and coordinator (URL) are, or will be: a box tries these before those of its settings."""
+
+    brokers: Annotated[list[str], msgspec.Meta(max_length=MOST_ADDRESSES)] = []
+    coordinator: str = ""
+
+
 class Desired(msgspec.Struct, frozen=True):
     """Everything that one box should do, whole."""
 
@@ -183,6 +193,7 @@ class Desired(msgspec.Struct, frozen=True):
     """From when on no box takes it any more that does not hold it already; 0 for never. What is held is acted on for ever."""
     retired_keys: list[str] = []
     """Ids of signing keys that are the fleet's no more."""
+    addresses: Addresses = Addresses()
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):

@@ -13,7 +13,8 @@ import pytest
 
 from edge_agent.warden.drivers.docker import DockerDriver
 from skerry.cli.client import CliError
-from skerry.demo.fleet import docker_socket, left_behind
+from skerry.demo.broker import find_mosquitto
+from skerry.demo.fleet import docker_socket, free_ports, left_behind
 from tests.conftest import need
 from tests.e2e.test_fleet import SCALE, good, infer_url, kill_worker, post
 from tests.e2e.world import running, wait_until
@@ -221,6 +222,48 @@ def test_a_coordinator_restored_from_an_earlier_day_stops_nothing_and_leads_agai
         wait_until(lambda: all(node.generation == node.reported_generation for node in world.nodes()), 20)
         assert sandboxes() == before, "nothing was stopped or started by it"
         assert {"coordinator.restored", "node.taken_over"} <= {event.kind for event in world.events()}
+
+
+def test_a_broker_that_moves_is_found_where_a_signed_document_said_and_nothing_is_restarted(scale_model, tmp_path):
+    need("mosquitto", mosquitto_is_absent())
+    (port,) = free_ports(1)
+    with running() as world:
+        world.push(scale_model, "scale")
+        world.deploy(SCALE)
+        world.wait_ready("scale")
+        config, old_port = world.fleet.folder / "coordinator" / "coordinator.toml", world.fleet.broker_port
+
+        def sandboxes() -> set[str]:
+            return {path.parent.name for path in world.fleet.folder.glob("boxes/*/warden/bubblewrap/*/handle.json")}
+
+        def restart_coordinator(text: str) -> None:
+            world.do(world.fleet.kill("coordinator"))
+            config.write_text(text)
+            world.do(world.fleet.start_process("coordinator"))
+
+        def all_are_in_step() -> bool:
+            with contextlib.suppress(CliError):  # the coordinator starts
+                return all(node.state == "online" and node.generation == node.reported_generation for node in world.nodes())
+            return False
+
+        before = sandboxes()
+        restart_coordinator(f'announce = {{brokers = ["127.0.0.1:{port}"]}}\n{config.read_text()}')
+        books = [box.folder / "agent" / "addresses.json" for box in world.fleet.boxes]
+        wait_until(lambda: all(book.exists() for book in books), 30, world.log_tails)
+        wait_until(all_are_in_step, 30, world.log_tails)
+        assert f"127.0.0.1:{port}" in books[0].read_text(), "nobody is there yet, and so the box stays where it is"
+        (tmp_path / "m.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
+        with (tmp_path / "m.log").open("wb") as log:
+            moved = subprocess.Popen([find_mosquitto(), "-c", str(tmp_path / "m.conf")], stdout=log, stderr=log)
+        try:
+            world.do(world.fleet.kill("broker"))
+            restart_coordinator(config.read_text().replace(f"port = {old_port}", f"port = {port}"))
+            wait_until(all_are_in_step, 60, world.log_tails)
+            assert sandboxes() == before
+            assert post(infer_url(world), good())[0] == 200
+        finally:
+            moved.terminate()
+            moved.wait(10)
 
 
 def test_a_cold_boot_with_no_network_at_all_ends_in_a_serving_box(scale_model):

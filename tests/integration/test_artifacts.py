@@ -64,7 +64,7 @@ def fetched(tmp_path: Path, script, *, reserve_bytes: int = 0) -> tuple[list[tup
 
         artifacts = Artifacts(
             folder=folder,
-            url=f"http://127.0.0.1:{runner.addresses[0][1]}",
+            url=lambda: f"http://127.0.0.1:{runner.addresses[0][1]}",
             token="t",
             proxy="",
             arrived=arrived,

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from coordinator.api import accounts, enrolment, recovery
 from coordinator.api.calls import CALLS
+from coordinator.config import Announce, OpenIdConnect
 from coordinator.config import Config as CoordinatorConfig
-from coordinator.config import OpenIdConnect
 from coordinator.core import deployment
 from coordinator.signer.config import Config as SignerConfig
 from edge_agent.gateway.config import Config as GatewayConfig
@@ -40,6 +40,7 @@ SETTINGS = {
     "Gateway's TLS": Tls,
     "Gateway's peers": Peers,
     "Coordinator": CoordinatorConfig,
+    "Announce": Announce,
     "OpenID Connect": OpenIdConnect,
     "Signer": SignerConfig,
     "Broker": Broker,

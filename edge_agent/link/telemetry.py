@@ -12,11 +12,12 @@ import psutil
 from skerry.runtime import lifecycle, log, nvml
 from skerry.wire import codec, latency
 from skerry.wire.box import MAX_TOTALS_BYTES, GatewayTotals, ServeTotals
-from skerry.wire.messages import Sample, ServeSample
+from skerry.wire.messages import GpuSample, Sample, ServeSample
 
 logger = log.get("agent.telemetry")
 
 ASK_TIMEOUT_S = 2.0
+GPU_TIMEOUT_S = 2.0
 
 
 def since(now: GatewayTotals, before: GatewayTotals | None) -> list[ServeSample]:
@@ -45,6 +46,7 @@ class Telemetry:
     """Reads every ``every_s`` and hands each reading to ``offer``, with the gateway's counters up to which it counts.
 
     ``before`` are those of the last reading of the agent that ran before this one. ``routed`` gets totals that hold sampled decisions.
+    ``read_gpus`` is NVML's where none is given.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Telemetry:
         before: GatewayTotals | None,
         offer: Callable[[Sample, GatewayTotals | None], Awaitable[None]],
         routed: Callable[[GatewayTotals], None],
+        read_gpus: Callable[[], list[GpuSample]] | None = None,
     ) -> None:
         self._every_s = every_s
         self._gateway_socket = gateway_socket
@@ -67,7 +70,8 @@ class Telemetry:
         self._offer = offer
         self._routed = routed
         self._before = before
-        self._has_gpus = bool(nvml.gpus())
+        self._read_gpus = read_gpus or (nvml.samples if nvml.gpus() else None)
+        self._gpus: asyncio.Future[list[GpuSample]] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Read until ``stop`` is set."""
@@ -92,11 +96,29 @@ class Telemetry:
             at_ms=time.time_ns() // 1_000_000,
             cpu_ratio=round(psutil.cpu_percent(None) / 100, 4),
             memory_used_bytes=psutil.virtual_memory().used,
-            gpus=await asyncio.to_thread(nvml.samples) if self._has_gpus else [],
+            gpus=await self._gpu_samples(),
             serve=[sample for sample in serve if any((sample.latency, sample.refused, sample.failed, sample.late))],
             outbox_events=events,
             outbox_samples=samples,
         )
+
+    async def _gpu_samples(self) -> list[GpuSample]:
+        """The GPUs' counters; none while the driver hangs, and it is not asked again before it has answered."""
+        if self._read_gpus is None:
+            return []
+        if self._gpus is None:
+            self._gpus = lifecycle.in_a_thread_of_its_own(self._read_gpus)
+            await asyncio.wait([self._gpus], timeout=GPU_TIMEOUT_S)
+            if not self._gpus.done():
+                logger.error("gpus.silent", hint="the driver does not answer; all else goes on")
+        if not self._gpus.done():
+            return []
+        answer, self._gpus = self._gpus, None
+        try:
+            return answer.result()
+        except Exception as exc:  # noqa: BLE001 - a driver may fail in ways that its library does not name
+            logger.error("gpus.failed", reason=str(exc)[:300])
+            return []
 
     async def _ask(self, session: aiohttp.ClientSession) -> GatewayTotals | None:
         """The gateway's counters; a gateway that is not there leaves a hole, and what it counts meanwhile comes with the next answer."""

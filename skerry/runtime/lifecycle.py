@@ -5,9 +5,10 @@ import asyncio
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import uvloop
 
@@ -28,6 +29,33 @@ async def sleep_until(stop: asyncio.Event, seconds: float) -> bool:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(stop.wait(), seconds)
     return stop.is_set()
+
+
+def in_a_thread_of_its_own(work: Callable[[], T]) -> "asyncio.Future[T]":
+    """The result of a call that may never return: of a driver that hangs, mostly. Nothing waits for its thread, not even the end of the
+    program."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(cast("T", value))
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as exc:  # noqa: BLE001 - whoever awaits it gets it
+            error = exc
+        with contextlib.suppress(RuntimeError):  # the loop is over
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=run, name="lifecycle.own", daemon=True).start()
+    return result
 
 
 async def any_of(*events: asyncio.Event) -> None:

@@ -50,6 +50,8 @@ from skerry.wire.messages import Ack, Addresses, LogsRequest
 logger = log.get("coordinator")
 
 SHUTDOWN_S = 3.0
+STALLED_AFTER_S = 180.0
+"""Loops that plan and keep house turn once a minute at the least; one that stands still for so long is not fed to the watchdog."""
 DAY_MS = 24 * 3600 * 1000
 OWN_CERTIFICATE_MS = 365 * DAY_MS
 """Looked at on each start."""
@@ -176,7 +178,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
             tasks.create_task(plan_loop.run(stop), name="coordinator.plan")
             tasks.create_task(evictions.run(stop), name="coordinator.evictions")
             tasks.create_task(housekeeping.run(stop), name="coordinator.housekeeping")
-            tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="coordinator.watchdog")
+            tasks.create_task(lifecycle.feed_watchdog(stop, lambda: _beat(plan_loop, housekeeping)), name="coordinator.watchdog")
             logger.info("coordinator.up", listen=config.listen, url=config.public_url)
             sdnotify.notify("READY=1")
     finally:
@@ -206,6 +208,10 @@ def _tls(config: Config) -> ssl.SSLContext | None:
         return None
     folder = config.state_dir / "ca"
     return tls.server(folder / "coordinator.crt", folder / "coordinator.key")
+
+
+def _beat(*loops: PlanLoop | Housekeeping) -> bool:
+    return all(loop.pulse.beats(within_s=STALLED_AFTER_S) for loop in loops)
 
 
 def _terms(config: Config) -> Terms:

@@ -43,12 +43,15 @@ class Housekeeping:
         self._listening_since_ms = listening_since_ms
         self._refresh_list = refresh_list
         self._write_uses = write_uses
+        self.pulse = lifecycle.Pulse()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop`` is set."""
         looks = 0
+        self.pulse.beat()
         while not await lifecycle.sleep_until(stop, LOOK_S):
             looks += 1
+            self.pulse.beat()
             try:
                 await self._notice_silence()
                 if looks % TIDY_EVERY == 0:

@@ -217,6 +217,7 @@ class PlanLoop:
         self._terms = terms
         self._listening_since_ms = listening_since_ms
         self._again_at_ms: int | None = None
+        self.pulse = lifecycle.Pulse()
         self._wake = asyncio.Event()
         self._wake.set()
 
@@ -227,6 +228,7 @@ class PlanLoop:
     async def run(self, stop: asyncio.Event) -> None:
         """Plan until ``stop`` is set."""
         while not stop.is_set():
+            self.pulse.beat()
             await lifecycle.first_of(self._wake, stop, within_s=self._pause_s())
             if await lifecycle.sleep_until(stop, GATHER_S):
                 return

@@ -29,6 +29,8 @@ SHUTDOWN_S = 5.0
 """For requests that are under way when the gateway is told to stop."""
 SWEEP_S = 0.25
 """How often counts are put on the board, and how often it is looked at what no request would look at."""
+STALLED_AFTER_S = 10.0
+"""A loop of counts that stands still for so long is not fed to the watchdog."""
 RENEW_S = 2.0
 """How often it is looked whether certificates were replaced."""
 
@@ -43,7 +45,7 @@ def before_loop(config: Config) -> dict[str, object]:
 
 async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: Sockets) -> None:
     """Serve until ``stop`` is set; requests under way then get SHUTDOWN_S to end."""
-    proved = ProvedTime()
+    proved, pulse = ProvedTime(), lifecycle.Pulse()
     certificates = Certificates(config.tls, tls.Judge(proved.now_at_least_ms)) if config.tls is not None else None
     ledger, samples, budgets = (
         Ledger(config.node, config.tier),
@@ -104,11 +106,11 @@ async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: So
                 tasks.create_task(follower.follow(over), name="gateway.routes")
                 for one in servers:
                     tasks.create_task(one.sweep(over), name="gateway.sweep")
-                tasks.create_task(_keep_books(books, service, place, over), name="gateway.books")
+                tasks.create_task(_keep_books(books, service, place, pulse, over), name="gateway.books")
                 if certificates is not None:
                     tasks.create_task(_renew(front, stop), name="gateway.certificates")
                 tasks.create_task(_renew(fleetward, stop), name="gateway.fleet")
-                tasks.create_task(lifecycle.feed_watchdog(over, lambda: True), name="gateway.watchdog")
+                tasks.create_task(lifecycle.feed_watchdog(over, lambda: pulse.beats(within_s=STALLED_AFTER_S)), name="gateway.watchdog")
                 await stop.wait()
                 front.close()
                 fleetward.close()
@@ -122,8 +124,9 @@ async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: So
             service.update(RouteTable())
 
 
-async def _keep_books(books: Books, service: Service, place: Place, over: asyncio.Event) -> None:
+async def _keep_books(books: Books, service: Service, place: Place, pulse: lifecycle.Pulse, over: asyncio.Event) -> None:
     while True:
+        pulse.beat()
         service.sweep()
         books.write()
         place.beat()

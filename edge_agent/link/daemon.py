@@ -1,6 +1,7 @@
 """The agent put together: who calls whom is read here and nowhere else."""
 
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from skerry.wire.box import Entries, GatewayTotals, State
 from skerry.wire.messages import Birth, Gpu, LogsReply, Rung
 
 logger = log.get("agent")
+
+STALLED_AFTER_S = 30.0
+"""A loop of readings that stands still for so much longer than between two of them is not fed to the watchdog."""
 
 
 def read_token(path: Path) -> str:
@@ -166,6 +170,8 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         tasks.create_task(proved.run(stop), name="agent.proved_time")
         tasks.create_task(commands.run(stop), name="agent.commands")
         tasks.create_task(session.run(stop), name="agent.session")
-        tasks.create_task(lifecycle.feed_watchdog(stop, lambda: True), name="agent.watchdog")
+        patience_s = STALLED_AFTER_S + 2 * config.sample_every_s
+        alive = functools.partial(telemetry.pulse.beats, within_s=patience_s)
+        tasks.create_task(lifecycle.feed_watchdog(stop, alive), name="agent.watchdog")
         sdnotify.notify("READY=1")
     outbox.close()

@@ -71,6 +71,7 @@ class Telemetry:
         self._routed = routed
         self._before = before
         self._read_gpus = read_gpus or (nvml.samples if nvml.gpus() else None)
+        self.pulse = lifecycle.Pulse()
         self._gpus: asyncio.Future[list[GpuSample]] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -79,6 +80,7 @@ class Telemetry:
         connector = aiohttp.UnixConnector(path=str(self._gateway_socket))
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)) as session:
             while not await lifecycle.sleep_until(stop, self._every_s):
+                self.pulse.beat()
                 await self._offer(await self._read(session), self._before)
 
     async def _read(self, session: aiohttp.ClientSession) -> Sample:

@@ -26,10 +26,12 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 class LinkWatch:
-    """``state_dir/link.json``. ``keep_every_s`` says how often it is written while the link is there."""
+    """``state_dir/link.json``. ``keep_every_s`` says how often it is written while the link is there, looked at every ``look_s``."""
 
-    def __init__(self, path: Path, proved: ProvedTime) -> None:
+    def __init__(self, path: Path, proved: ProvedTime, *, grace_s: float = GRACE_S, look_s: float = LOOK_S) -> None:
         self._path = path
+        self._grace_s = grace_s
+        self._look_s = look_s
         self._proved = proved
         self._started_at = time.monotonic()
         self._kept_at = self._started_at
@@ -57,7 +59,7 @@ class LinkWatch:
     @property
     def cut_off_ms(self) -> int:
         """How long there has been no link; 0 while there is one."""
-        if self._up or time.monotonic() - self._started_at < GRACE_S:
+        if self._up or time.monotonic() - self._started_at < self._grace_s:
             return 0
         return max(0, self._proved.now_at_least_ms() - self._linked_until_ms)
 
@@ -71,7 +73,7 @@ class LinkWatch:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Keep it while the link is there, until ``stop`` is set."""
-        while not await lifecycle.sleep_until(stop, LOOK_S):
+        while not await lifecycle.sleep_until(stop, self._look_s):
             if self._up and time.monotonic() - self._kept_at >= self.keep_every_s():
                 self._linked_until_ms = self._proved.now_at_least_ms()
                 await asyncio.to_thread(self._keep)

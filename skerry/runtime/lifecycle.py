@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -90,6 +91,21 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Pulse:
+    """Of a loop that does a program's work: it beats on each turn, and whoever feeds the watchdog asks whether it still does."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+
+    def beat(self) -> None:
+        """Another turn."""
+        self._at = time.monotonic()
+
+    def beats(self, *, within_s: float) -> bool:
+        """Whether there was one lately."""
+        return time.monotonic() - self._at < within_s
 
 
 async def feed_watchdog(stop: asyncio.Event, alive: Callable[[], bool]) -> None:

@@ -6,7 +6,6 @@ import time
 import msgspec
 import pytest
 
-from edge_agent.warden import link_watch
 from edge_agent.warden.link_watch import LinkWatch
 from skerry.runtime.proved_time import ProvedTime
 from tests.integration.box import Box
@@ -62,14 +61,13 @@ def test_a_limit_that_is_set_or_changed_restarts_nothing(box):
 
 
 @pytest.fixture
-def watch(tmp_path, monkeypatch):
+def watch(tmp_path):
     """As each start of the warden makes it, with the grace of the start over."""
-    monkeypatch.setattr(link_watch, "GRACE_S", 0.0)
 
-    def start() -> LinkWatch:
+    def start(grace_s: float = 0.0) -> LinkWatch:
         proved = ProvedTime(tmp_path / "proved_time.json")
         proved.prove(1_800_000_000_000)
-        return LinkWatch(tmp_path / "link.json", proved)
+        return LinkWatch(tmp_path / "link.json", proved, grace_s=grace_s, look_s=0.02)
 
     return start
 
@@ -93,19 +91,16 @@ def test_it_counts_while_nobody_says_that_there_is_a_link(watch):
     assert again.cut_off_ms == 0
 
 
-def test_after_its_start_it_waits_for_the_agents_word(watch, monkeypatch):
+def test_after_its_start_it_waits_for_the_agents_word(watch):
     watch().hear(one := object(), is_up=True)
     before = watch()
     before.hear(one, is_up=True)
     before.hear(one, is_up=False)
     time.sleep(0.05)
-    monkeypatch.setattr(link_watch, "GRACE_S", 30.0)
-    assert watch().cut_off_ms == 0
+    assert watch(grace_s=30.0).cut_off_ms == 0
 
 
-def test_that_there_is_a_link_is_written_down_now_and_then_and_at_the_end(watch, tmp_path, monkeypatch):
-    monkeypatch.setattr(link_watch, "LOOK_S", 0.02)
-
+def test_that_there_is_a_link_is_written_down_now_and_then_and_at_the_end(watch, tmp_path):
     async def scene() -> None:
         link, stop = watch(), asyncio.Event()
         link.keep_every_s = lambda: 0.05

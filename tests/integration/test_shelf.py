@@ -77,11 +77,15 @@ def test_a_warden_whose_disk_is_short_lets_go_of_what_it_does_not_need_and_says_
     async def scene():
         async with box.up():
             store = Store(box.config.state_dir)
-            box.warden.shelf = Shelf(box.config.state_dir / "models.json", store, now_ms=lambda: 1, reserve_bytes=2**62, most_bytes=0)
+
+            def shelf() -> Shelf:
+                return Shelf(box.config.state_dir / "models.json", store, now_ms=lambda: 1, reserve_bytes=2**62, most_bytes=0)
+
+            box.warden.shelf = shelf()
             for version in (1, 2, 3):
                 await box.want(box.spec(version=version))
                 await box.until_ready("d-0")
-            box.warden.shelf._tended_at = -1000.0
+            box.warden.shelf = shelf()  # another start, which looks at once
             box.warden.wake()
             await box.until(lambda: box.entries("model.evicted"))
             first = hashlib.sha256(b"version 1").hexdigest()

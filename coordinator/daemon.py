@@ -75,6 +75,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
     queue: asyncio.Queue[Message] = asyncio.Queue(maxsize=config.queue)
 
     async def on_connected() -> None:
+        plan_loop.wake()
         await publisher.publish_all()
 
     async def ack(node: str, word: Ack) -> None:
@@ -153,9 +154,8 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         is_connected=lambda: session.is_connected,
     )
     joining = EnrolmentCalls(enrolment, access)
-    recovery = RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake)
     people = AccountCalls(database, changes, entry, access, public_url=config.public_url)
-    app = make_app(config, calls, joining, people, recovery, access)
+    app = make_app(config, calls, joining, people, RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake), access)
     console.attach(
         app,
         fleet=config.fleet,

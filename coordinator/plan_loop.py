@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 from sqlite_utils import Database as Tables
 
 from coordinator.core import planner
-from coordinator.core.liveness import Ear
+from coordinator.core.liveness import Ear, counts_again_at_ms
 from coordinator.news import News
 from coordinator.publish import Publisher
 from coordinator.registry import deployments, events, identity, models, nodes
@@ -147,10 +147,21 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
         deployments.save_outcomes(tables, outcomes)
     _note_moves(tables, {node: part for node, part in plan.boxes.items() if node not in untold}, before, now_ms)
     limits = {terms.lost_after_ms, *(want.spec.disconnect.lost_after_ms for want in wanted)}
-    times = [stored.contact.next_change_ms(ear.heard_until_ms, limits) for stored in stored_nodes]
+    times = _silence_changes_at_ms(stored_nodes, ear, limits, listening_since_ms, now_ms)
     if any(planner.is_doubled(outcome) for outcome in plan.outcomes.values()):
         times.append(now_ms + DOUBLED_AGAIN_MS)
-    return Replanned(changed, min((at_ms for at_ms in times if at_ms is not None), default=None))
+    return Replanned(changed, min(times, default=None))
+
+
+def _silence_changes_at_ms(
+    stored_nodes: list[nodes.Node], ear: Ear, limits: Collection[int], listening_since_ms: int, now_ms: int
+) -> list[int]:
+    """When a box will be lost, or back, if nothing happens; while silence is not counted, when it is again."""
+    counts_at_ms = counts_again_at_ms(listening_since_ms=listening_since_ms, now_ms=now_ms)
+    if counts_at_ms == now_ms:
+        times = (stored.contact.next_change_ms(ear.heard_until_ms, limits) for stored in stored_nodes)
+        return [at_ms for at_ms in times if at_ms is not None]
+    return [counts_at_ms] if counts_at_ms is not None and any(stored.silent_since_ms for stored in stored_nodes) else []
 
 
 def _note_lost(tables: Tables, stored_nodes: list[nodes.Node], ear: Ear, lost_after_ms: int, now_ms: int) -> None:

@@ -68,9 +68,14 @@ class Ear(msgspec.Struct, frozen=True):
 
     def after(self, *, listening_since_ms: int, now_ms: int) -> "Ear":
         """``listening_since_ms`` is when the coordinator last connected to the broker; 0 while it is not connected."""
-        if not listening_since_ms or now_ms - listening_since_ms < SETTLE_MS:
+        if counts_again_at_ms(listening_since_ms=listening_since_ms, now_ms=now_ms) != now_ms:
             return self
         return Ear(max(self.heard_until_ms, now_ms))
+
+
+def counts_again_at_ms(*, listening_since_ms: int, now_ms: int) -> int | None:
+    """When silence goes on, which may be now; None while nobody can say."""
+    return max(now_ms, listening_since_ms + SETTLE_MS) if listening_since_ms else None
 
 
 SETTLE_MS = 5_000

@@ -327,7 +327,7 @@ class Sample(msgspec.Struct, frozen=True):
     outbox_samples: Count = 0
     first_seq: Count = 0
     readings: Annotated[int, msgspec.Meta(ge=1, le=10**7)] = 1
-    width_ms: Annotated[int, msgspec.Meta(ge=0, le=86_400_000)] = 0
+    width_ms: Annotated[int, msgspec.Meta(ge=0, le=3_600_000)] = 0
 
     @property
     def first(self) -> int:

@@ -72,6 +72,8 @@ async def power_off(ground: Ground, box: Box, socket: str) -> None:
     for folder in (box.folder / "warden" / "sandboxes").glob("*/run"):
         for path in folder.iterdir():
             path.unlink() if not path.is_dir() else shutil.rmtree(path)
+    for path in (box.folder / "warden" / "sandboxes").glob("*/slot.json"):  # as written before another boot
+        path.write_text(json.dumps({**json.loads(path.read_text()), "boot_id": "before"}))
     await asyncio.sleep(0.5)
 
 

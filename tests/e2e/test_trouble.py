@@ -266,6 +266,39 @@ def test_a_broker_that_moves_is_found_where_a_signed_document_said_and_nothing_i
             moved.wait(10)
 
 
+def test_a_link_that_comes_back_changes_nothing_on_the_box_and_no_request_there_is_lost(scale_model):
+    with running() as world:
+        world.push(scale_model, "scale")
+        world.deploy(SCALE)
+        world.wait_ready("scale")
+        box, before = world.box("store-1"), world.node("store-1")
+        (handle,) = (box.folder / "warden" / "bubblewrap").glob("scale-0-*/handle.json")
+        fetched = (world.fleet.logs / "store-1.agent.log").read_text().count("model.fetched")
+        assert fetched == 1
+        last = world.events()[0].id
+        box.uplink.cut()
+        deadline, asked = time.monotonic() + 20, 0
+        while world.node("store-1").state != "unknown":
+            assert time.monotonic() < deadline, world.log_tails()
+            assert post(infer_url(world), good())[0] == 200
+            asked += 1
+        box.uplink.mend()
+        while world.node("store-1").state != "online":
+            assert time.monotonic() < deadline + 20, world.log_tails()
+            assert post(infer_url(world), good())[0] == 200
+            asked += 1
+        wait_until(lambda: world.node("store-1").outbox_events == 0, 20)
+        after = world.node("store-1")
+        assert asked > 10
+        assert handle.exists()
+        assert (after.generation, after.reported_generation) == (before.generation, before.generation)
+        assert [(replica.sandbox, replica.restarts) for replica in after.replicas] == [(r.sandbox, r.restarts) for r in before.replicas]
+        assert (world.fleet.logs / "store-1.agent.log").read_text().count("model.fetched") == fetched
+        kinds = {event.kind for event in world.events(node="store-1") if event.id > last}
+        assert {"node.silent", "node.online", "link.lost", "link.up"} <= kinds
+        assert not {kind for kind in kinds if kind.startswith(("replica.", "model.", "desired."))}, kinds
+
+
 def test_a_cold_boot_with_no_network_at_all_ends_in_a_serving_box(scale_model):
     with running() as world:
         world.push(scale_model, "scale")

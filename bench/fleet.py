@@ -90,10 +90,12 @@ class Books(msgspec.Struct):
 
 
 @contextlib.asynccontextmanager
-async def boxes_on(ground: Ground, *, count: int, drops: float, history_s: float = 0.0) -> AsyncIterator[list[Plugged]]:
-    """So many boxes, switched on over RAMP_S; all of them are ended when this closes."""
+async def boxes_on(
+    ground: Ground, *, count: int, drops: float, history_s: float = 0.0, ramp_s: float = RAMP_S
+) -> AsyncIterator[list[Plugged]]:
+    """So many boxes, switched on over ``ramp_s``; all of them are ended when this closes."""
     trusted = signing.parse_public_keys((ground.folder / "signer" / "signing.pub").read_text())
-    plugged, doors = [], iter(free_ports(2 * count))
+    plugged, doors = [], iter(free_ports(2 * round(count * drops)))
     for index in range(count):
         uplink, port = None, ground.broker_port
         if index < round(count * drops):
@@ -113,7 +115,7 @@ async def boxes_on(ground: Ground, *, count: int, drops: float, history_s: float
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            lives = [tasks.create_task(live(one, RAMP_S * index / count), name=one.box.node) for index, one in enumerate(plugged)]
+            lives = [tasks.create_task(live(one, ramp_s * index / count), name=one.box.node) for index, one in enumerate(plugged)]
             try:
                 yield plugged
             finally:

@@ -1,7 +1,7 @@
 """What the API and the console show, put together from the registry and from what is only true now."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from sqlite_utils import Database as Tables
@@ -53,11 +53,13 @@ class Views:
 
         def work(tables: Tables) -> list[NodeView]:
             desired = nodes.read_desired(tables)
-            streams = events.read_accounts(tables)
+            streams: dict[str, list[events.Account]] = {}
+            for account in events.read_accounts(tables):
+                streams.setdefault(account.node, []).append(account)
             enrolled = identity.read_enrolled(tables)
             specs = {stored.name: stored.spec for stored in deployments.read_deployments(tables)}
             return [
-                self._node(node, told := desired.get(node.id), streams, enrolled.get(node.id), _outlook(node, told, specs))
+                self._node(node, told := desired.get(node.id), streams.get(node.id, []), enrolled.get(node.id), _outlook(node, told, specs))
                 for node in nodes.read_nodes(tables)
             ]
 
@@ -65,7 +67,17 @@ class Views:
 
     async def node(self, name: str) -> NodeView | None:
         """One box."""
-        return next((node for node in await self.nodes() if node.id == name), None)
+
+        def work(tables: Tables) -> NodeView | None:
+            node = nodes.read_node(tables, name)
+            if node is None:
+                return None
+            told, enrolment = nodes.read_desired_of(tables, name), identity.read_one(tables, name)
+            wanted = {replica.deployment for replica in told.replicas} if told else set()
+            specs = {stored.name: stored.spec for stored in deployments.read_deployments(tables) if stored.name in wanted}
+            return self._node(node, told, events.read_accounts(tables, name), enrolment, _outlook(node, told, specs))
+
+        return await self._database.read(work)
 
     def _node(
         self,
@@ -106,11 +118,7 @@ class Views:
             gpu_samples=sample.gpus if sample else [],
             outbox_events=sample.outbox_events if sample else 0,
             outbox_samples=sample.outbox_samples if sample else 0,
-            streams=[
-                Stream(a.stream, a.epoch, a.numbering.high, a.numbering.missing, a.numbering.lost, a.dropped)
-                for a in streams
-                if a.node == node.id
-            ],
+            streams=[Stream(a.stream, a.epoch, a.numbering.high, a.numbering.missing, a.numbering.lost, a.dropped) for a in streams],
         )
 
     async def deployments(self) -> list[DeploymentView]:
@@ -119,11 +127,7 @@ class Views:
         def work(tables: Tables) -> list[DeploymentView]:
             outcomes = deployments.read_outcomes(tables)
             desired = nodes.read_desired(tables)
-            reports = {
-                (node.id, replica.name): replica
-                for node in nodes.read_nodes(tables)
-                for replica in (node.reported.replicas if node.reported else [])
-            }
+            reports = _reports_of(nodes.read_nodes(tables))
             return [
                 self._deployment(stored, outcomes.get(stored.name), desired, reports) for stored in deployments.read_deployments(tables)
             ]
@@ -133,7 +137,19 @@ class Views:
 
     async def deployment(self, name: str) -> DeploymentView | None:
         """One deployment."""
-        return next((view for view in await self.deployments() if view.name == name), None)
+
+        def work(tables: Tables) -> DeploymentView | None:
+            stored = next((stored for stored in deployments.read_deployments(tables) if stored.name == name), None)
+            if stored is None:
+                return None
+            outcome = deployments.read_outcomes(tables).get(name)
+            used = {placed.node for placed in (outcome.placements if outcome else [])}
+            told = {node: document for node in used if (document := nodes.read_desired_of(tables, node)) is not None}
+            found = [node for name in used if (node := nodes.read_node(tables, name)) is not None]
+            return self._deployment(stored, outcome, told, _reports_of(found))
+
+        view = await self._database.read(work)
+        return None if view is None else msgspec.structs.replace(view, serve=self._live.serve(view.name))
 
     def _deployment(
         self,
@@ -259,6 +275,11 @@ class Views:
             samples_lost=sum(s.lost for s in streams if s.stream == "samples"),
             refused=refusals.totals(),
         )
+
+
+def _reports_of(found: Iterable[Node]) -> dict[tuple[str, str], ReplicaReport]:
+    """By box and name."""
+    return {(node.id, replica.name): replica for node in found for replica in (node.reported.replicas if node.reported else [])}
 
 
 def _state(node: Node) -> NodeState:

@@ -124,6 +124,12 @@ def read_desired(tables: Tables) -> dict[str, Desired]:
     return {row["node"]: _own(row["document"], Desired) for row in rows}
 
 
+def read_desired_of(tables: Tables, node: str) -> Desired | None:
+    """What one box was last told."""
+    rows = tables.query("SELECT document FROM desired WHERE node = ?", [node])
+    return next((_own(row["document"], Desired) for row in rows), None)
+
+
 def ahead(node: Node, told: Desired | None) -> int:
     """The generation that a box says it holds, where that is newer than what it was told from here; 0 where it is not."""
     held = node.reported.generation if node.reported else 0

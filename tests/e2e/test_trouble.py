@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from edge_agent.warden.drivers.docker import DockerDriver
 from skerry.cli.client import CliError
 from skerry.demo.broker import find_mosquitto
 from skerry.demo.fleet import docker_socket, free_ports, left_behind
+from skerry.wire.api import DeploymentView
 from tests.conftest import need
 from tests.e2e.test_fleet import SCALE, good, infer_url, kill_worker, post
 from tests.e2e.world import running, wait_until
@@ -297,6 +300,42 @@ def test_a_link_that_comes_back_changes_nothing_on_the_box_and_no_request_there_
         kinds = {event.kind for event in world.events(node="store-1") if event.id > last}
         assert {"node.silent", "node.online", "link.lost", "link.up"} <= kinds
         assert not {kind for kind in kinds if kind.startswith(("replica.", "model.", "desired."))}, kinds
+
+
+def test_a_coordinator_that_is_killed_at_any_moment_has_every_change_that_it_acknowledged(scale_model):
+    with running(wait=False) as world:
+        wait_until(lambda: answers(world), 30, world.log_tails)
+        world.push(scale_model, "scale")
+        acknowledged: dict[str, str] = {}
+        chance, number = random.Random(7), 0
+        for _ in range(6):
+            killer = threading.Timer(chance.uniform(0.02, 0.6), lambda: world.do(world.fleet.kill("coordinator")))
+            killer.start()
+            while True:
+                number += 1
+                name, text = f"d{number % 7}", SCALE.replace("5000", str(1000 + number))
+                text = text.replace("name: scale", f"name: d{number % 7}")
+                try:
+                    world.deploy(text)
+                except CliError:
+                    break
+                acknowledged[name] = text
+            killer.join()
+            world.do(world.fleet.start_process("coordinator"))
+            wait_until(lambda: answers(world), 30, world.log_tails)
+            held = {view.name: view.text for view in world.api.call("GET", "/v1/deployments", list[DeploymentView])}
+            for one, said in acknowledged.items():
+                assert held[one] == said or (one == name and held[one] == text), "it may have been kept before its answer was cut off"
+            acknowledged = dict(held)
+        assert number > 30, "it was killed before it did anything"
+        verified = world.cli("audit", "verify")
+        assert verified.returncode == 0, verified
+
+
+def answers(world) -> bool:
+    with contextlib.suppress(CliError):
+        return world.status().fleet == "demo"
+    return False
 
 
 def test_a_cold_boot_with_no_network_at_all_ends_in_a_serving_box(scale_model):

@@ -130,7 +130,7 @@ def test_a_replica_that_is_frozen_or_killed_under_load_costs_time_and_no_request
 async def used_to_quick_answers(session, here: Box) -> np.ndarray:
     """So that a replica which takes long is seen to be overdue."""
     x = np.ones((1, 5), "f4")
-    for _ in range(20):
+    for _ in range(60):
         assert (await infer(session, here, x))[0] == 200
     return x
 

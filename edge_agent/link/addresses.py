@@ -12,8 +12,6 @@ from skerry.wire.messages import Addresses
 
 logger = log.get("agent.addresses")
 
-MOST_BYTES = 64 * 1024
-
 
 class AddressBook:
     """``state_dir/addresses.json`` holds what was announced last: a box whose broker is gone when it starts knows the next one.
@@ -25,18 +23,9 @@ class AddressBook:
         self._path = path
         self._broker = broker
         self._coordinator_url = coordinator_url
-        self._announced = self._read()
+        self._announced = durable.read(path, Addresses) or Addresses()
         self._urls_failed = 0
         self.on_move: Callable[[], None] = lambda: None
-
-    def _read(self) -> Addresses:
-        try:
-            return codec.decode(self._path.read_bytes(), Addresses, max_bytes=MOST_BYTES)
-        except FileNotFoundError:
-            return Addresses()
-        except (OSError, codec.Malformed) as exc:
-            logger.error("addresses.unreadable", reason=str(exc))
-            return Addresses()
 
     def hear(self, announced: Addresses) -> None:
         """What the warden took from a signed document."""

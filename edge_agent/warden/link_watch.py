@@ -16,7 +16,6 @@ logger = log.get("warden.link")
 GRACE_S = 10.0
 """After its start the warden has heard nothing of the link; until the agent could have said, it is not taken for cut."""
 LOOK_S = 5.0
-MOST_BYTES = 4096
 
 
 class _Kept(msgspec.Struct, frozen=True):
@@ -36,17 +35,9 @@ class LinkWatch:
         self._started_at = time.monotonic()
         self._kept_at = self._started_at
         self._up: set[object] = set()
-        self._linked_until_ms = self._read()
+        kept = durable.read(path, _Kept)
+        self._linked_until_ms = kept.linked_until_ms if kept is not None else proved.now_at_least_ms()
         self.keep_every_s: Callable[[], float] = lambda: 600.0
-
-    def _read(self) -> int:
-        try:
-            return codec.decode(self._path.read_bytes(), _Kept, max_bytes=MOST_BYTES).linked_until_ms
-        except FileNotFoundError:
-            return self._proved.now_at_least_ms()
-        except (OSError, codec.Malformed) as exc:
-            logger.error("link.unreadable", reason=str(exc))
-            return self._proved.now_at_least_ms()
 
     def hear(self, who: object, *, is_up: bool) -> None:
         """What one connection of the agent says; one that ends says that there is no link."""

@@ -34,17 +34,8 @@ class Shelf:
         self._now_ms = now_ms
         self._reserve_bytes = reserve_bytes
         self._most_bytes = most_bytes
-        self._uses = self._read()
+        self._uses = durable.read(path, _Uses, max_bytes=MOST_BYTES) or _Uses()
         self._tended_at = 0.0
-
-    def _read(self) -> _Uses:
-        try:
-            return codec.decode(self._path.read_bytes(), _Uses, max_bytes=MOST_BYTES)
-        except FileNotFoundError:
-            return _Uses()
-        except (OSError, codec.Malformed) as exc:
-            logger.error("models.unreadable", reason=str(exc))
-            return _Uses()
 
     def note(self, desired: Desired) -> None:
         """What is deployed now."""

@@ -45,19 +45,10 @@ class TrustFile:
     def __init__(self, path: Path, anchor: list[Ed25519PublicKey], since_ms: int) -> None:
         self._path = path
         lines = [signing.public_key_line(key) for key in anchor]
-        held = self._read()
+        held = durable.read(path, Trust)
         if held is None or (held.anchor, held.since_ms) != (lines, since_ms):  # root has spoken anew
             held = Trust(lines, since_ms)
         self._trust = held
-
-    def _read(self) -> Trust | None:
-        try:
-            return codec.decode(self._path.read_bytes(), Trust, max_bytes=MOST_BYTES)
-        except FileNotFoundError:
-            return None
-        except (OSError, codec.Malformed) as exc:
-            logger.error("trust.unreadable", reason=str(exc))
-            return None
 
     @property
     def trust(self) -> Trust:

@@ -3,6 +3,16 @@
 import fcntl
 import os
 from pathlib import Path
+from typing import TypeVar
+
+from skerry.runtime import log
+from skerry.wire import codec
+
+T = TypeVar("T")
+
+logger = log.get("durable")
+
+MOST_STATE_BYTES = 64 * 1024
 
 
 def sync_directory(folder: Path) -> None:
@@ -34,6 +44,18 @@ def write(path: Path, content: bytes, *, mode: int = 0o640, is_synced: bool = Tr
         raise
     if is_synced:
         sync_directory(path.parent)
+
+
+def read(path: Path, kind: type[T], *, max_bytes: int = MOST_STATE_BYTES) -> T | None:
+    """What a program kept in a small file of its own; None where there is none, or none that can be read: that costs what it held, and
+    no start."""
+    try:
+        return codec.decode(path.read_bytes(), kind, max_bytes=max_bytes)
+    except FileNotFoundError:
+        return None
+    except (OSError, codec.Malformed) as exc:
+        logger.error("state.unreadable", path=str(path), reason=str(exc))
+        return None
 
 
 class AlreadyRunning(Exception):

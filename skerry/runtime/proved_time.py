@@ -13,7 +13,6 @@ logger = log.get("proved_time")
 
 KEEP_EVERY_S = 600.0
 """What a power cut may cost of what had passed."""
-MOST_BYTES = 4096
 
 
 def uptime_ms() -> int:
@@ -27,22 +26,10 @@ class ProvedTime:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._kept_ms = 0
-        self._proof = Proof()
-        if path is not None:
-            self._proof = self._read(path)
+        self._proof = Proof(0, uptime_ms())
+        if path is not None and (held := durable.read(path, Proof)) is not None:
+            self._proof = Proof(held.at_least_ms(uptime_ms()), uptime_ms())
             self._kept_ms = self._proof.moment_ms
-
-    @staticmethod
-    def _read(path: Path) -> Proof:
-        now = uptime_ms()
-        try:
-            held = codec.decode(path.read_bytes(), Proof, max_bytes=MOST_BYTES)
-        except FileNotFoundError:
-            return Proof(0, now)
-        except (OSError, codec.Malformed) as exc:
-            logger.error("proved_time.unreadable", path=str(path), reason=str(exc))
-            return Proof(0, now)
-        return Proof(held.at_least_ms(now), now)
 
     @property
     def proof(self) -> Proof:

@@ -28,18 +28,21 @@ class Contact(msgspec.Struct, frozen=True):
             return Contact(True, self.since_ms, self.silent_since_ms if self.silent_ms(now_ms) else 0)
         if online:
             return Contact(True, now_ms, self.silent_since_ms)
-        is_new_silence = not self.silent_since_ms or (self.online and now_ms - self.since_ms >= STEADY_MS)
-        return Contact(False, now_ms, now_ms if is_new_silence else self.silent_since_ms)
+        return Contact(False, now_ms, now_ms if self._is_over(now_ms) else self.silent_since_ms)
+
+    def _is_over(self, now_ms: int) -> bool:
+        """Whether there is no silence, or there was one and the box has been back for long enough."""
+        return not self.silent_since_ms or (self.online and now_ms - self.since_ms >= STEADY_MS)
 
     def silent_ms(self, now_ms: int) -> int:
         """How long it has been silent; 0 for a box that is there. While one that came back may go again, it stays what it was."""
-        if not self.silent_since_ms or (self.online and now_ms - self.since_ms >= STEADY_MS):
+        if self._is_over(now_ms):
             return 0
         return max(0, (self.since_ms if self.online else now_ms) - self.silent_since_ms)
 
     def next_change_ms(self, now_ms: int, lost_after_ms: Iterable[int]) -> int | None:
         """When it will be steady again, or silent for one of these; None for never, if nothing happens."""
-        if not self.silent_since_ms or (self.online and now_ms - self.since_ms >= STEADY_MS):
+        if self._is_over(now_ms):
             return None
         if self.online:
             return self.since_ms + STEADY_MS

@@ -230,7 +230,7 @@ class Session:
         self._report_due.set()
         self._client, self._connected_at_ms, self._nonce = client, uptime_ms(), secrets.token_hex(8)
         self._on_link(True)
-        stopping = asyncio.create_task(lifecycle.any_of(stop, self._moved), name="agent.session.stop")
+        stopping = asyncio.create_task(lifecycle.first_of(stop, self._moved, within_s=None), name="agent.session.stop")
         loops = [
             asyncio.create_task(self._listen(client), name="agent.session.listen"),
             asyncio.create_task(self._send_births(client, epoch), name="agent.session.births"),

@@ -5,12 +5,8 @@ from pathlib import Path
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from skerry.runtime import durable, log
+from skerry.runtime import durable
 from skerry.wire import codec, signing
-
-logger = log.get("warden.trust")
-
-MOST_BYTES = 64 * 1024
 
 
 class Trust(msgspec.Struct, frozen=True):

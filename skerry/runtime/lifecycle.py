@@ -59,18 +59,8 @@ def in_a_thread_of_its_own(work: Callable[[], T]) -> "asyncio.Future[T]":
     return result
 
 
-async def any_of(*events: asyncio.Event) -> None:
-    """Wait until one of ``events`` is set."""
-    waits = [asyncio.create_task(event.wait(), name="lifecycle.any_of") for event in events]
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
-
-
-async def first_of(*events: asyncio.Event, within_s: float) -> None:
-    """Wait until one of ``events`` is set, ``within_s`` at most."""
+async def first_of(*events: asyncio.Event, within_s: float | None) -> None:
+    """Wait until one of ``events`` is set, ``within_s`` at most; None for however long it takes."""
     waits = [asyncio.create_task(event.wait(), name="lifecycle.first_of") for event in events]
     try:
         await asyncio.wait(waits, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)

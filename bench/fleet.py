@@ -89,20 +89,33 @@ class Books(msgspec.Struct):
 # -- the fleet
 
 
+class Where(msgspec.Struct, frozen=True):
+    """Where boxes connect, and whom they believe."""
+
+    broker_port: int
+    fleet: str
+    public_keys: str
+
+    @staticmethod
+    def of(ground: Ground) -> "Where":
+        """That ground."""
+        return Where(ground.broker_port, ground.name, (ground.folder / "signer" / "signing.pub").read_text())
+
+
 @contextlib.asynccontextmanager
 async def boxes_on(
-    ground: Ground, *, count: int, drops: float, history_s: float = 0.0, ramp_s: float = RAMP_S
+    where: Where, *, count: int, drops: float, history_s: float = 0.0, ramp_s: float = RAMP_S
 ) -> AsyncIterator[list[Plugged]]:
     """So many boxes, switched on over ``ramp_s``; all of them are ended when this closes."""
-    trusted = signing.parse_public_keys((ground.folder / "signer" / "signing.pub").read_text())
+    trusted = signing.parse_public_keys(where.public_keys)
     plugged, doors = [], iter(free_ports(2 * round(count * drops)))
     for index in range(count):
-        uplink, port = None, ground.broker_port
+        uplink, port = None, where.broker_port
         if index < round(count * drops):
             port = next(doors)
-            uplink = Uplink(broker_port=ground.broker_port, door_port=port, proxy_port=next(doors))
+            uplink = Uplink(broker_port=where.broker_port, door_port=port, proxy_port=next(doors))
         broker = Broker("127.0.0.1", port, keepalive_s=KEEPALIVE_S)
-        box = SimulatedBox(broker=broker, fleet=ground.name, node=f"box-{index:03}", trusted=trusted)
+        box = SimulatedBox(broker=broker, fleet=where.fleet, node=f"box-{index:03}", trusted=trusted)
         box.look_back(history_s, list(DEPLOYMENTS))
         plugged.append(Plugged(box, uplink))
     stop = asyncio.Event()
@@ -285,7 +298,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
     async with (
         standing() as ground,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session,
-        boxes_on(ground, count=count, drops=arguments.drops, history_s=arguments.history_min * 60) as plugged,
+        boxes_on(Where.of(ground), count=count, drops=arguments.drops, history_s=arguments.history_min * 60) as plugged,
     ):
         boxes = [one.box for one in plugged]
 

@@ -2,24 +2,29 @@
 
 ``python -m bench.reconnect [--boxes N] [--down-s S] [--rounds N]``
 
-Broker and coordinator are the real programs; the boxes are sim/box.py, the agent's own session and outbox, all in this process. The broker
-is ended and started again. From that moment on the API is asked, one call after the other, until every box is online again and nothing
-is held back.
+Broker and coordinator are the real programs; the boxes are sim/box.py, the agent's own session and outbox, all in one process that yields
+to the others, since boxes are elsewhere. The broker is ended and started again. From that moment on the API is asked, one call after the
+other, until every box is online again and nothing is held back.
 """
 
 import argparse
 import asyncio
+import contextlib
 import logging
+import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import aiohttp
 import msgspec
 import structlog
+import uvloop
 
-from bench.fleet import boxes_on, deploy
+from bench.fleet import Where, boxes_on, deploy
 from bench.report import report
 from sim.ground import Ground, run, standing, until
 from skerry.wire.api import NodeView, StatusView
@@ -27,6 +32,8 @@ from skerry.wire.api import NodeView, StatusView
 BAR_P99_MS = 300.0
 CALLS = ("/v1/status", "/v1/nodes/box-007", "/v1/deployments/speech-one", "/v1/events?limit=100", "/v1/models", "/v1/nodes")
 ONLINE_WITHIN_S = 240.0
+BOXES_NICE = 10
+ENDED_WITHIN_S = 60.0
 
 
 def p99(took_ms: list[float]) -> float:
@@ -68,17 +75,44 @@ class Asked:
         }  # fmt: skip
 
 
+def be_boxes(where: Where, count: int, ramp_s: float) -> None:
+    """The boxes, until SIGTERM: a process of its own."""
+    os.nice(BOXES_NICE)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))  # a thousand boxes' words
+    logging.disable(logging.ERROR)
+
+    async def live() -> None:
+        stop = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        async with boxes_on(where, count=count, drops=0.0, ramp_s=ramp_s):
+            await stop.wait()
+
+    uvloop.run(live())
+
+
+@contextlib.contextmanager
+def elsewhere(where: Where, count: int, ramp_s: float) -> Iterator[None]:
+    """The process of the boxes; it is gone when this closes."""
+    process = multiprocessing.get_context("spawn").Process(target=be_boxes, args=(where, count, ramp_s))
+    process.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join(ENDED_WITHIN_S)
+        process.kill()
+
+
 async def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """All rounds."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))  # a thousand boxes' words
-    logging.disable(logging.WARNING)
     count: int = arguments.boxes
     online_s: list[float] = []
     async with (
         standing() as ground,
+        contextlib.AsyncExitStack() as stack,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session,
-        boxes_on(ground, count=count, drops=0.0, ramp_s=count / 40) as _,
     ):
+        stack.enter_context(elsewhere(Where.of(ground), count, count / 40))
 
         async def all_online() -> bool:
             views = await ground.call(session, "GET", "/v1/nodes", list[NodeView])

@@ -27,6 +27,10 @@ logger = log.get("coordinator.plan")
 
 GATHER_S = 0.02
 """Changes that come together are planned together."""
+REST = 4.0
+REST_MOST_S = 5.0
+"""A plan is followed by a rest of so many times as long as it took: where a whole fleet says something at once, planning leaves the
+machine to those who ask and to what else is said, and a small fleet's plan is as quick as ever."""
 AGAIN_S = 60.0
 DOUBLED_AGAIN_MS = 2_000
 """While a replica runs on two boxes of which one is to go."""
@@ -228,6 +232,7 @@ class PlanLoop:
         self._terms = terms
         self._listening_since_ms = listening_since_ms
         self._again_at_ms: int | None = None
+        self._rested_at_s = 0.0
         self.pulse = lifecycle.Pulse()
         self._wake = asyncio.Event()
         self._wake.set()
@@ -241,7 +246,7 @@ class PlanLoop:
         while not stop.is_set():
             self.pulse.beat()
             await lifecycle.first_of(self._wake, stop, within_s=self._pause_s())
-            if await lifecycle.sleep_until(stop, GATHER_S):
+            if await lifecycle.sleep_until(stop, max(GATHER_S, self._rested_at_s - time.monotonic())):
                 return
             self._wake.clear()
             await self._plan()
@@ -259,10 +264,12 @@ class PlanLoop:
             with contextlib.suppress(SignerAbsent):  # what was known last holds
                 self._terms = msgspec.structs.replace(self._terms, retired_keys=(await self._signer.keys()).retired)
             now_ms, terms = time.time_ns() // 1_000_000, self._terms
-            since_ms = self._listening_since_ms()
+            since_ms, began_s = self._listening_since_ms(), time.monotonic()
             planned = await self._database.write(
                 lambda tables: replan(tables, fleet=self._fleet, now_ms=now_ms, terms=terms, listening_since_ms=since_ms)
             )
+            planned_s = time.monotonic()
+            self._rested_at_s = planned_s + min(REST_MOST_S, REST * (planned_s - began_s))
         except (RegistryFailed, msgspec.DecodeError, codec.Malformed) as exc:
             logger.error("plan.failed", reason=str(exc))
             return

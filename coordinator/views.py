@@ -88,7 +88,7 @@ class Views:
         coming: list[Outlook],
     ) -> NodeView:
         birth, reported = node.birth, node.reported
-        is_out = enrolment is not None and enrolment.revoked_at_ms > 0
+        is_out = _is_out(enrolment)
         sample = self._live.samples.get(node.id)
         return NodeView(
             id=node.id,
@@ -144,9 +144,7 @@ class Views:
                 return None
             outcome = deployments.read_outcomes(tables).get(name)
             used = {placed.node for placed in (outcome.placements if outcome else [])}
-            told = {node: document for node in used if (document := nodes.read_desired_of(tables, node)) is not None}
-            found = [node for name in used if (node := nodes.read_node(tables, name)) is not None]
-            return self._deployment(stored, outcome, told, _reports_of(found))
+            return self._deployment(stored, outcome, nodes.read_desired_of_some(tables, used), _reports_of(nodes.read_some(tables, used)))
 
         view = await self._database.read(work)
         return None if view is None else msgspec.structs.replace(view, serve=self._live.serve(view.name))
@@ -256,25 +254,33 @@ class Views:
 
     async def status(self, *, broker_connected: bool) -> StatusView:
         """The fleet at a glance."""
-        boxes = await self.nodes()
+
+        def work(tables: Tables) -> tuple[list[Node], list[events.Account], dict[str, identity.Enrolment], int]:
+            count = next(tables.query("SELECT count(*) AS n FROM events"))["n"]
+            return nodes.read_nodes(tables), events.read_accounts(tables), identity.read_enrolled(tables), count
+
+        boxes, streams, enrolled, count = await self._database.read(work)
         deployed = await self.deployments()
-        streams = [stream for box in boxes for stream in box.streams]
-        count = await self._database.read(lambda tables: next(tables.query("SELECT count(*) AS n FROM events"))["n"])
         return StatusView(
             fleet=self._fleet,
             version=__version__,
             broker_connected=broker_connected,
-            nodes_online=sum(1 for box in boxes if box.state == "online"),
+            nodes_online=sum(1 for box in boxes if box.online and not _is_out(enrolled.get(box.id))),
             nodes=len(boxes),
             deployments=len(deployed),
             deployments_ready=sum(1 for view in deployed if view.wanted and view.ready == view.wanted),
             events=count,
-            events_missing=sum(s.missing for s in streams if s.stream == "events"),
-            events_lost=sum(s.lost for s in streams if s.stream == "events"),
-            samples_missing=sum(s.missing for s in streams if s.stream == "samples"),
-            samples_lost=sum(s.lost for s in streams if s.stream == "samples"),
+            events_missing=sum(s.numbering.missing for s in streams if s.stream == "events"),
+            events_lost=sum(s.numbering.lost for s in streams if s.stream == "events"),
+            samples_missing=sum(s.numbering.missing for s in streams if s.stream == "samples"),
+            samples_lost=sum(s.numbering.lost for s in streams if s.stream == "samples"),
             refused=refusals.totals(),
         )
+
+
+def _is_out(enrolment: identity.Enrolment | None) -> bool:
+    """Whether it was thrown out."""
+    return enrolment is not None and enrolment.revoked_at_ms > 0
 
 
 def _reports_of(found: Iterable[Node]) -> dict[tuple[str, str], ReplicaReport]:

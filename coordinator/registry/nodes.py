@@ -1,5 +1,7 @@
 """Boxes: what they are, whether they are connected, what they report, what they were told."""
 
+import functools
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,6 +12,11 @@ from skerry.wire import codec
 from skerry.wire.messages import Birth, Desired, Presence, Reported
 
 T = TypeVar("T")
+
+REMEMBERED = 8192
+REMEMBERED_CHARS = 4096
+"""What was decoded is remembered by its text, so many of at most so many characters: a plan reads every box's documents, and so does each
+list of boxes, and between two of them few change. They are frozen."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -33,6 +40,11 @@ class Node(msgspec.Struct, frozen=True):
 
 
 def _own(text: str, kind: type[T]) -> T:
+    return _remembered(text, kind) if len(text) <= REMEMBERED_CHARS else codec.decode(text.encode(), kind, max_bytes=codec.NO_LIMIT_BYTES)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _remembered(text: str, kind: type[T]) -> T:
     return codec.decode(text.encode(), kind, max_bytes=codec.NO_LIMIT_BYTES)
 
 
@@ -122,6 +134,22 @@ def read_desired(tables: Tables) -> dict[str, Desired]:
     """What each box was last told, by box."""
     rows = tables.query("SELECT node, document FROM desired")
     return {row["node"]: _own(row["document"], Desired) for row in rows}
+
+
+def read_some(tables: Tables, names: Collection[str]) -> list[Node]:
+    """These boxes, by name; one that is not known is not there."""
+    rows = tables.query("SELECT * FROM nodes WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id", [_names(names)])
+    return [_node(row) for row in rows]
+
+
+def read_desired_of_some(tables: Tables, names: Collection[str]) -> dict[str, Desired]:
+    """What each of these boxes was last told."""
+    query = "SELECT node, document FROM desired WHERE node IN (SELECT value FROM json_each(?))"
+    return {row["node"]: _own(row["document"], Desired) for row in tables.query(query, [_names(names)])}
+
+
+def _names(names: Collection[str]) -> str:
+    return codec.encode(sorted(names)).decode()
 
 
 def read_desired_of(tables: Tables, node: str) -> Desired | None:

@@ -19,7 +19,7 @@ async def _run() -> tuple[Books, dict[str, Books], list[NodeView], list[Deployme
     async with (
         standing() as ground,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
-        fleet.boxes_on(ground, count=BOXES, drops=0.25) as plugged,
+        fleet.boxes_on(fleet.Where.of(ground), count=BOXES, drops=0.25) as plugged,
     ):
         boxes = [one.box for one in plugged]
 

@@ -12,7 +12,7 @@ FUZZ_ONLY ?=
 # What pip says, as one line a package.
 SHOW := sed -u -n -E 's/^ *Collecting ([A-Za-z0-9._-]+).*/  fetching \1/p; s/^(Installing collected packages).*/  installing/p; /^ERROR/p'
 
-.PHONY: help demo setup check fix test lock fuzz sbom schema clean
+.PHONY: help demo setup check fix test lock fuzz chaos sbom schema clean
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -66,6 +66,11 @@ sbom: setup ## the bill of materials of what boxes and coordinators install, bui
 
 fuzz: $(VENV)/.fuzz-installed ## every decoder under a fuzzer that is guided by coverage; FUZZ_SECONDS=60 for each, FUZZ_ONLY="gRPC"
 	@$(BIN)/python -m tests.fuzz.atheris_run --seconds "$(FUZZ_SECONDS)" --only "$(FUZZ_ONLY)"
+
+CHAOS_SEED ?= 1
+CHAOS_SECONDS ?= 60
+chaos: setup ## as root: a real fleet under load, and all that a seed has in store for it; CHAOS_SEED=7, CHAOS_SECONDS=600
+	@$(BIN)/python -m tests.chaos --seed "$(CHAOS_SEED)" --seconds "$(CHAOS_SECONDS)"
 
 $(VENV)/.fuzz-installed: requirements/fuzz.txt | setup
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/fuzz.txt

@@ -264,11 +264,11 @@ def _note_presence(tables: Tables, node: str, presence: Presence, now_ms: int) -
 def _save_events(tables: Tables, node: str, message: EventBatch, settled: _Settled, now_ms: int) -> None:
     epoch = message.events[0].epoch
     one_epoch = [event for event in message.events if event.epoch == epoch]
-    kept = events.save_events(tables, node, one_epoch, oldest=message.oldest, dropped=message.lost, now_ms=now_ms)
+    kept = events.save_events(tables, node, one_epoch, oldest=message.oldest, dropped=message.lost, now_ms=now_ms, nonce=message.nonce)
     held = settled.acks.get(node)
     if held is None or held.epoch != epoch or not held.is_spent:  # else the box is told of the first such number
         settled.acks[node] = Ack(epoch, kept.settled, is_spent=kept.is_spent, nonce=message.nonce)
-        if kept.is_spent:
+        if kept.is_spent and not kept.is_known:
             text = f"other events under numbers after {kept.settled}: its disk is one of an earlier day; it goes on under new numbers"
             events.add_own_event(tables, node, "node.restored", node, text, now_ms)
     if kept.fresh or kept.is_spent:

@@ -27,7 +27,7 @@ class Live:
     def take(self, node: str, sample: Sample, served: list[Served]) -> None:
         """A sample that is new; ``served`` is what it says of each deployment."""
         held = self.samples.get(node)
-        if held is None or held.at_ms <= sample.at_ms:
+        if held is None or held.epoch != sample.epoch or held.seq <= sample.seq:  # by number: clocks jump
             self.samples[node] = sample
         second, now = sample.at_ms // 1000, int(time.time())
         if not now - WINDOW_S - LATE_S <= second <= now + LATE_S:

@@ -60,26 +60,33 @@ def read_accounts(tables: Tables, node: str | None = None) -> list[Account]:
 class Kept(msgspec.Struct, frozen=True):
     """What became of a batch: the events that were new, and the number up to which the box need hold nothing any more, which is none
     that it did not send now: an earlier disk of its may have said something else. ``is_spent``: the number after it stands for another
-    event here, since the box's disk is one of an earlier day."""
+    event here, since the box's disk is one of an earlier day; ``is_known``: this connection was told so before."""
 
     fresh: list[Event]
     settled: int
     is_spent: bool = False
+    is_known: bool = False
 
 
-def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, dropped: int, now_ms: int) -> Kept:
-    """Keep a batch of one epoch."""
+def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, dropped: int, now_ms: int, nonce: str = "") -> Kept:
+    """Keep a batch of one epoch. ``nonce`` is of the connection on which it came: what was on its way there when its numbers were found
+    to be spent comes again under others, and must not be kept under both."""
     epoch = events[0].epoch
+    told = _told_spent(tables, node, epoch, nonce)
+    if told is not None:
+        return Kept([], told, is_spent=True, is_known=True)
     numbering = read_numbering(tables, node, epoch, "events") or begun(oldest or events[0].seq)
     fresh: list[Event] = []
     ordered = sorted(events, key=lambda event: event.seq)
     for event in ordered:
         after, is_new = take(numbering, event.seq)
-        if not is_new and _is_another(tables, node, event):
+        held = None if is_new else _held(tables, node, event)
+        if held is not None and held != (event.at_ms, event.kind, event.subject, event.text):
             save_numbering(tables, node, epoch, "events", numbering, dropped)
+            tables.execute("INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)", [node, epoch, nonce, event.seq - 1])
             return Kept(fresh, event.seq - 1, is_spent=True)
         numbering = after
-        if not is_new:
+        if held is not None:
             continue
         inserted = tables.execute(
             "INSERT OR IGNORE INTO events (node, epoch, seq, at_ms, received_at_ms, kind, subject, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -87,22 +94,24 @@ def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, 
         ).rowcount
         if inserted:
             fresh.append(event)
+            if not is_new:  # given up for lost, by a box that did not hold it: another of its name does
+                numbering = msgspec.structs.replace(numbering, lost=max(0, numbering.lost - 1))
     numbering = give_up(numbering, oldest)
     save_numbering(tables, node, epoch, "events", numbering, dropped)
     return Kept(fresh, min(numbering.settled, ordered[-1].seq))
 
 
-def _is_another(tables: Tables, node: str, event: Event) -> bool:
-    """Whether a number that came before stands for something else. One that was given up, or is forgotten here, says nothing."""
-    held = next(
-        tables.query(
-            "SELECT at_ms, kind, subject, text FROM events WHERE node = ? AND epoch = ? AND seq = ?", [node, event.epoch, event.seq]
-        ),
-        None,
-    )
-    return held is not None and (held["at_ms"], held["kind"], held["subject"], held["text"]) != (
-        event.at_ms, event.kind, event.subject, event.text
-    )  # fmt: skip
+def _told_spent(tables: Tables, node: str, epoch: str, nonce: str) -> int | None:
+    """The number up to which a connection was told that its events are here, and those after it others; None for one that was not."""
+    query = "SELECT settled FROM spent WHERE node = ? AND epoch = ? AND nonce = ? AND nonce <> ''"
+    return next((row["settled"] for row in tables.query(query, [node, epoch, nonce])), None)
+
+
+def _held(tables: Tables, node: str, event: Event) -> tuple[int, str, str, str] | None:
+    """What a number stands for here; None where it was given up, or is forgotten."""
+    query = "SELECT at_ms, kind, subject, text FROM events WHERE node = ? AND epoch = ? AND seq = ?"
+    rows = tables.query(query, [node, event.epoch, event.seq])
+    return next(((row["at_ms"], row["kind"], row["subject"], row["text"]) for row in rows), None)
 
 
 def add_own_event(tables: Tables, node: str, kind: str, subject: str, text: str, now_ms: int) -> None:

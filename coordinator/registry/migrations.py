@@ -106,6 +106,11 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     "ALTER TABLE users ADD COLUMN subject TEXT NOT NULL DEFAULT ''",
     # 8: for how long a box was silent; disconnect is acted upon
     _read_policies,
+    # 9: of a connection whose numbers stand for other events, no more is taken under them
+    """
+    CREATE TABLE spent (
+        node TEXT PRIMARY KEY, epoch TEXT NOT NULL, nonce TEXT NOT NULL, settled INTEGER NOT NULL) WITHOUT ROWID;
+    """,
 ]
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from sqlite_utils import Database as Tables
@@ -40,11 +40,14 @@ class Node(msgspec.Struct, frozen=True):
 
 
 def _own(text: str, kind: type[T]) -> T:
-    return _remembered(text, kind) if len(text) <= REMEMBERED_CHARS else codec.decode(text.encode(), kind, max_bytes=codec.NO_LIMIT_BYTES)
+    if len(text) > REMEMBERED_CHARS:
+        return codec.decode(text.encode(), kind, max_bytes=codec.NO_LIMIT_BYTES)
+    hashable: Any = kind  # a generic type is not one to the type checker
+    return cast("T", _remembered(text, hashable))
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _remembered(text: str, kind: type[T]) -> T:
+def _remembered(text: str, kind: type[Any]) -> Any:
     return codec.decode(text.encode(), kind, max_bytes=codec.NO_LIMIT_BYTES)
 
 
@@ -115,8 +118,16 @@ def save_ear(tables: Tables, ear: Ear) -> None:
 
 
 def save_birth(tables: Tables, node: str, birth: Birth, now_ms: int) -> bool:
-    """Keep an inventory; says whether it differs from the last."""
+    """Keep an inventory; says whether it differs from the last.
+
+    An agent that has not heard from its warden yet does not know which sandboxes there are: what was known of them holds, since a box
+    that is taken for one without any would be told to stop all it runs.
+    """
     _ensure(tables, node, now_ms)
+    if not birth.rungs and not birth.rungs_absent:
+        held = read_node(tables, node)
+        if held is not None and held.birth is not None:
+            birth = msgspec.structs.replace(birth, rungs=held.birth.rungs, rungs_absent=held.birth.rungs_absent)
     text = codec.encode(birth).decode()
     changed = tables.execute("UPDATE nodes SET birth = ? WHERE id = ? AND birth IS NOT ?", [text, node, text]).rowcount
     return changed > 0

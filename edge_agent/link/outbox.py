@@ -9,6 +9,7 @@ What does not fit is thinned before it is dropped (core/thinning): each loss is 
 
 import contextlib
 import functools
+import hashlib
 import sqlite3
 import time
 import uuid
@@ -255,6 +256,7 @@ class Outbox:
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._db.executemany("INSERT INTO events (at_ms, kind, subject, text) VALUES (?, ?, ?, ?)", rows)
+                last = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()[0]
                 self._count("events", len(rows), sum(len(kind) + len(subject) + len(text) + 24 for _, kind, subject, text in rows))
                 if mark:
                     self._db.execute(mark, values)
@@ -263,6 +265,8 @@ class Outbox:
             self._unwritten_events = 0
         except sqlite3.OperationalError as exc:
             raise OutboxFailed(str(exc)) from exc
+        for seq, (at_ms, kind, subject, text) in enumerate(rows, start=last - len(rows) + 1):
+            logger.info("event.kept", seq=seq, at_ms=at_ms, kind=kind, subject=subject, text=text)
 
     @_whole
     def events_after(self, seq: int, limit: int) -> list[Event]:
@@ -297,10 +301,16 @@ class Outbox:
                     self._db.execute("DELETE FROM events WHERE seq <= ?", (seq,))
                     self._count("events", -count, -size)
                 if is_spent:
-                    self._db.execute("UPDATE box SET epoch = ?", (uuid.uuid4().hex[:12],))
+                    self._db.execute("UPDATE box SET epoch = ?", (self._next_epoch(),))
         except sqlite3.OperationalError as exc:
             logger.warning("outbox.not_cleaned", reason=str(exc))
         self.epoch = self._db.execute("SELECT epoch FROM box").fetchone()[0]
+
+    def _next_epoch(self) -> str:
+        """Made of the first event that is still held: whoever holds it too, a copy of this disk or this disk restored again, comes to the
+        same numbers with it, and it is not kept twice."""
+        first = self._db.execute("SELECT seq, at_ms, kind, subject, text FROM events ORDER BY seq LIMIT 1").fetchone()
+        return hashlib.sha256(codec.encode([self.epoch, *first])).hexdigest()[:12] if first else uuid.uuid4().hex[:12]
 
     @_whole
     def depth(self) -> tuple[int, int]:

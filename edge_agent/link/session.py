@@ -30,6 +30,9 @@ QUEUE = 256
 BATCH_BYTES = 16 * 1024
 EVENTS_UNDER_WAY = 2000
 RESEND_EVENTS_S = 10.0
+"""Without a confirmation that is one more than the last."""
+GAP_S = 1.0
+"""A confirmation that says no more than the last one did means that something is missing there; it is sent again so often at the most."""
 MOST_IN_A_MESSAGE = 100
 REPLAY_PAUSE_S = 0.05
 """Between two messages of a backlog at the least, and as long as the last one took: it has half of a thin link, what is live the rest."""
@@ -96,6 +99,7 @@ class Session:
         self._confirmed_at = 0.0
         self._confirmed_seq = 0
         self._sent_seq = 0
+        self._again_at = 0.0
         self._nonce = ""
         self._is_heard = False
 
@@ -305,8 +309,15 @@ class Session:
             self._is_heard = True
             self._birth_due.set()
         if ack.epoch == self._outbox.epoch:
-            self._confirmed_at, self._confirmed_seq = time.monotonic(), max(self._confirmed_seq, ack.events_seq)
+            self._note_confirmed(ack.events_seq)
         self._news.set()
+
+    def _note_confirmed(self, seq: int) -> None:
+        now_s = time.monotonic()
+        if seq > self._confirmed_seq:
+            self._confirmed_at, self._confirmed_seq = now_s, seq
+        elif self._sent_seq > seq and self._outbox.depth()[0] and now_s - self._again_at >= GAP_S:
+            self._sent_seq, self._again_at = 0, now_s
 
     async def _send_births(self, client: aiomqtt.Client, epoch: int) -> None:
         while True:
@@ -330,6 +341,8 @@ class Session:
         self._sent_seq = 0
         while True:
             self._news.clear()
+            if self._sent_seq <= self._confirmed_seq:
+                self._confirmed_at = time.monotonic()  # nothing is awaited
             has_room = self._sent_seq - self._confirmed_seq < EVENTS_UNDER_WAY
             batch = self._outbox.events_after(self._sent_seq, MOST_IN_A_MESSAGE) if has_room else []
             if batch:
@@ -339,11 +352,10 @@ class Session:
                 if self._outbox.depth()[0] > BACKLOG_EVENTS:
                     await asyncio.sleep(time.monotonic() - began)
                 continue
-            try:
-                await asyncio.wait_for(self._news.wait(), RESEND_EVENTS_S)
-            except TimeoutError:
-                if time.monotonic() - self._confirmed_at >= RESEND_EVENTS_S and self._outbox.depth()[0]:
-                    self._sent_seq = 0
+            await lifecycle.first_of(self._news, within_s=RESEND_EVENTS_S)
+            now_s = time.monotonic()
+            if now_s - max(self._confirmed_at, self._again_at) >= RESEND_EVENTS_S and self._outbox.depth()[0]:
+                self._sent_seq, self._again_at = 0, now_s
 
     def _batch(self, events: list[Event]) -> EventBatch:
         return EventBatch(events, self._outbox.lost()[0], oldest=self._outbox.oldest_event(), nonce=self._nonce)

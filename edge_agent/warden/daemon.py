@@ -16,6 +16,7 @@ from edge_agent.warden.drivers.docker import DockerDriver
 from edge_agent.warden.journal import Journal
 from edge_agent.warden.link_watch import LinkWatch
 from edge_agent.warden.listener import Listener
+from edge_agent.warden.offer import Offer
 from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.shelf import Shelf
@@ -26,14 +27,12 @@ from edge_agent.warden.verify import Refused, unvouched
 from skerry.runtime import keys, lifecycle, log, nvml, sdnotify, settings
 from skerry.runtime.proved_time import ProvedTime
 from skerry.wire import signing
-from skerry.wire.messages import RUNGS, Desired, Rung
+from skerry.wire.messages import Desired
 
 logger = log.get("warden")
 
 STALLED_AFTER_S = 60.0
 """A reconcile loop that has not looked for this long is not fed to the watchdog."""
-MOST_REASON = 300
-"""Characters of why a rung is not offered that are passed on."""
 DRIVERS = ("docker", "gvisor", "bubblewrap")
 
 
@@ -50,20 +49,6 @@ def make_driver(name: str, config: Config) -> Driver:
             return DockerDriver(config.state_dir / "gvisor", socket=config.docker_socket, runtime="runsc", owner=f"{owner}-gvisor")
         case _:
             raise settings.SettingsError(f"drivers: {name!r} is not one of {', '.join(DRIVERS)}")
-
-
-async def working_drivers(config: Config) -> tuple[list[Driver], dict[Rung, str]]:
-    """The drivers that can run a sandbox here, found by trying each, and why the other rungs are not offered."""
-    drivers = [make_driver(name, config) for name in config.drivers]
-    reasons = await asyncio.gather(*(driver.probe() for driver in drivers))
-    working = [driver for driver, reason in zip(drivers, reasons, strict=True) if not reason]
-    absent: dict[Rung, str] = {rung: f"drivers: no driver of this rung is among {', '.join(config.drivers)}" for rung in RUNGS}
-    absent["microvm"] = "this version has no driver for micro virtual machines"
-    for driver, reason in zip(drivers, reasons, strict=True):
-        if reason:
-            logger.info("driver.absent", driver=driver.name, reason=reason)
-            absent[driver.rung] = reason[:MOST_REASON]
-    return working, {rung: reason for rung, reason in absent.items() if rung not in {driver.rung for driver in working}}
 
 
 def limits_of(config: Config) -> Limits:
@@ -110,13 +95,14 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     desired = held_document(documents, journal, store)
     link = LinkWatch(config.state_dir / "link.json", proved)
     await asyncio.to_thread(host_runtime.compile_ours)
-    drivers, absent = await working_drivers(config)
-    if not drivers:
+    offer = Offer([make_driver(name, config) for name in config.drivers])
+    await offer.look()
+    if not offer.working:
         journal.add("driver.none", "", f"none of {', '.join(config.drivers)} works on this box", at_ms=time.time_ns() // 1_000_000)
     reconciler = Reconciler(
         config,
-        drivers=drivers,
-        absent=absent,
+        drivers=offer.working,
+        absent=offer.absent,
         store=store,
         slots=Slots(config.state_dir / "sandboxes", uid_first=config.uid_first),
         journal=journal,
@@ -167,9 +153,10 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         tasks.create_task(listener.serve(stop), name="warden.listener")
         tasks.create_task(proved.run(stop), name="warden.proved_time")
         tasks.create_task(link.run(stop), name="warden.link")
+        tasks.create_task(offer.run(stop, reconciler.wake), name="warden.offer")
         tasks.create_task(
             lifecycle.feed_watchdog(stop, lambda: time.monotonic() - reconciler.looked_at < STALLED_AFTER_S), name="warden.watchdog"
         )
-        logger.info("warden.up", drivers=[driver.name for driver in drivers], generation=desired.generation if desired else 0)
+        logger.info("warden.up", drivers=[driver.name for driver in offer.working], generation=desired.generation if desired else 0)
         sdnotify.notify("READY=1")
     journal.close()

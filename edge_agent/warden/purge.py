@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from edge_agent.warden.config import Config
-from edge_agent.warden.daemon import working_drivers
+from edge_agent.warden.daemon import make_driver
+from edge_agent.warden.offer import Offer
 from edge_agent.warden.slots import erase
 from skerry.runtime import durable, log, settings
 
@@ -20,7 +21,9 @@ GRACE_S = 1.0
 async def purge(config: Config) -> int:
     """End them; returns how many there were."""
     count = 0
-    for driver in (await working_drivers(config))[0]:
+    offer = Offer([make_driver(name, config) for name in config.drivers])
+    await offer.look()
+    for driver in offer.working:
         for sandbox in await driver.sandboxes():
             await driver.stop(sandbox.name, grace_s=GRACE_S)
             count += 1

@@ -359,7 +359,7 @@ class Reconciler:
         by_replica = {status.spec.name: status for status in reversed(statuses)}
         reported = report_of(self.desired, by_replica, self._not_fetched, Withheld(self._unvouched, self._stopped), self.refused)
         addresses = self.desired.addresses if self.desired else Addresses()
-        state = State(reported, self._needs(), rungs, self._absent, self.time_proof(), addresses)
+        state = State(reported, self._needs(), rungs, dict(self._absent), self.time_proof(), addresses)
         if state != self._state:
             self._state = state
             self.on_change(state)

@@ -150,3 +150,41 @@ def test_a_box_whose_numbers_are_spent_goes_on_under_others_and_says_so(tmp_path
     assert anew[:3] == [(3, "kind"), (4, "kind"), (5, "kind")]
     assert "outbox.renumbered" in [kind for _, kind in anew]
     outbox.close()
+
+
+class Deaf(Coordinator):
+    """Its first message went to nobody, as where a broker lost its sessions: it has a gap, and says so with all that it acknowledges."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.missed: set[int] = set()
+
+    async def _take(self, client: aiomqtt.Client, batch: EventBatch) -> None:
+        seqs = {event.seq for event in batch.events}
+        if not self.missed:
+            self.missed = seqs
+            return
+        self.events += [(event.epoch, event.seq, event.kind, event.text) for event in batch.events]
+        held = {seq for _, seq, _, _ in self.events}
+        settled = next(seq for seq in range(len(held) + len(self.missed) + 1) if seq + 1 not in held)
+        await client.publish(f"skerry/v1/f/{NODE}/command/ack", codec.encode(Ack(batch.events[0].epoch, settled)), qos=1)
+
+
+def test_what_went_to_nobody_is_sent_again_although_news_go_on_and_are_acknowledged(tmp_path, port):
+    outbox, coordinator = filled(tmp_path, samples=0, events=2), Deaf(port)
+
+    async def scene() -> None:
+        stop, session = asyncio.Event(), session_of(outbox, port)
+        hearing = asyncio.create_task(coordinator.run())
+        await asyncio.sleep(0.3)
+        running = asyncio.create_task(session.run(stop))
+        async with asyncio.timeout(8):  # news come all the time: to wait for silence would be to wait for ever
+            while not coordinator.missed or not coordinator.missed <= {seq for _, seq, _, _ in coordinator.events}:
+                await asyncio.sleep(0.3)
+                session.say_event("news")
+        stop.set()
+        await running
+        hearing.cancel()
+
+    asyncio.run(scene())
+    outbox.close()

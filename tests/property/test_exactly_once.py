@@ -1,5 +1,6 @@
 """Each event stands in the registry once, whatever is sent again, in whatever order, and whatever day the box's disk is of."""
 
+import itertools
 import sqlite3
 
 from hypothesis import given, settings
@@ -15,13 +16,13 @@ class Box:
     """An agent's outbox in memory, of which images can be taken; ``said`` is every event that it ever made and that was not lost with
     an image."""
 
-    def __init__(self, tmp) -> None:
-        self.folder, self.number = tmp, 0
+    def __init__(self, tmp, name: str = "event") -> None:
+        self.folder, self.number, self.name = tmp, 0, name
         self.outbox = Outbox(tmp / "o.db", most_bytes=2**23)
 
     def say(self) -> str:
         self.number += 1
-        text = f"event {self.number}"
+        text = f"{self.name} {self.number}"
         self.outbox.add_event("kind", "s", text, at_ms=self.number)
         return text
 
@@ -49,45 +50,57 @@ def registry() -> Database:
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None)
-def test_each_event_is_kept_once_through_repeats_reorderings_and_restored_disks(tmp_path_factory, data):  # noqa: C901 - a story
+@settings(max_examples=150, deadline=None)
+def test_each_event_is_kept_once_through_repeats_reorderings_restored_disks_and_copies(tmp_path_factory, data):  # noqa: C901, PLR0912 - a story
     box, tables = Box(tmp_path_factory.mktemp("b")), registry()
+    boxes = [box]
     said: list[str] = []
     image: tuple[bytes, list[str]] | None = None
-    sent: list[tuple[list, int]] = []
-    for _ in range(data.draw(st.integers(1, 25))):
-        what = data.draw(st.sampled_from(["say", "say", "say", "send", "send", "again", "image", "restore"]))
+    sent: list[tuple[Box, list, int]] = []
+    nonce = 0
+    for _ in range(data.draw(st.integers(1, 30))):
+        what = data.draw(st.sampled_from(["say", "say", "say", "send", "send", "send", "again", "image", "restore", "copy"]))
+        one = data.draw(st.sampled_from(boxes))
         if what == "say":
-            said.append(box.say())
+            said.append(one.say())
         elif what == "image":
             image = box.image()
-        elif what == "restore" and image is not None:
+        elif what == "copy" and image is not None and len(boxes) == 1:
+            boxes.append(Box(tmp_path_factory.mktemp("c"), "copy"))
+            boxes[1].restore(image[0])
+            said.append(boxes[1].say())
+        elif what == "restore" and image is not None and len(boxes) == 1:
             lost = set(box.waiting()) - set(image[1])
             registered = {row["text"] for row in tables.query("SELECT text FROM events")}
             said = [text for text in said if text not in lost or text in registered]  # those are gone with the disk
             box.restore(image[0])
             said.append(box.say())  # an agent that starts says so, before anything else
         elif what == "send":
-            batch = box.outbox.events_after(0, data.draw(st.integers(1, 8)))
+            batch = one.outbox.events_after(0, data.draw(st.integers(1, 8)))
             if batch:
-                sent.append((batch, box.outbox.oldest_event()))
-                deliver(tables, box, batch, box.outbox.oldest_event())
+                nonce += 1
+                sent.append((one, batch, one.outbox.oldest_event()))
+                deliver(tables, one, batch, one.outbox.oldest_event(), nonce=f"{nonce}", cuts=data.draw(st.sets(st.integers(1, 7))))
         elif sent:  # what a broker still held
-            batch, oldest = data.draw(st.sampled_from(sent))
-            if batch[0].epoch == box.outbox.epoch:
+            whose, batch, oldest = data.draw(st.sampled_from(sent))
+            if batch[0].epoch == whose.outbox.epoch:
                 save_events(tables, "n", data.draw(st.permutations(batch)), oldest=oldest, dropped=0, now_ms=1)
-    for _ in range(100):
-        batch = box.outbox.events_after(0, 100)
-        if not batch:
-            break
-        deliver(tables, box, batch, box.outbox.oldest_event())
-    assert box.waiting() == []
+    for round_ in range(100):
+        for one in boxes:
+            if batch := one.outbox.events_after(0, 100):
+                deliver(tables, one, batch, one.outbox.oldest_event(), nonce=f"last {round_}")
+    assert [one.waiting() for one in boxes] == [[] for _ in boxes]
     kept = [row["text"] for row in tables.query("SELECT text FROM events")]
     assert sorted(kept) == sorted(set(kept)), "none twice"
     assert set(said) <= set(kept), "none missing"
-    box.outbox.close()
+    for one in boxes:
+        one.outbox.close()
 
 
-def deliver(tables: Database, box: Box, batch: list, oldest: int) -> None:
-    kept = save_events(tables, "n", batch, oldest=oldest, dropped=0, now_ms=1)
-    box.outbox.confirm_events(batch[0].epoch, kept.settled, is_spent=kept.is_spent)
+def deliver(tables: Database, box: Box, batch: list, oldest: int, *, nonce: str, cuts: frozenset = frozenset()) -> None:
+    """In several messages on one connection, each on its way before the answer to the one before has come."""
+    edges = sorted({0, len(batch), *(cut for cut in cuts if cut < len(batch))})
+    parts = [batch[begin:end] for begin, end in itertools.pairwise(edges)]
+    answers = [save_events(tables, "n", part, oldest=oldest, dropped=0, now_ms=1, nonce=nonce) for part in parts]
+    for part, kept in zip(parts, answers, strict=True):
+        box.outbox.confirm_events(part[0].epoch, kept.settled, is_spent=kept.is_spent)

@@ -9,6 +9,8 @@ from coordinator.core.sequence import Numbering, begun, give_up, take
 from skerry.wire.messages import Event
 
 Stream = Literal["events", "samples"]
+SPENT_CONNECTIONS = 16
+"""Of one name, of which it is remembered that they were told so: nothing of an older one is on its way any more."""
 OWN_EPOCH = "coordinator"
 """Under which the coordinator writes events of its own."""
 
@@ -83,7 +85,7 @@ def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, 
         held = None if is_new else _held(tables, node, event)
         if held is not None and held != (event.at_ms, event.kind, event.subject, event.text):
             save_numbering(tables, node, epoch, "events", numbering, dropped)
-            tables.execute("INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)", [node, epoch, nonce, event.seq - 1])
+            _tell_spent(tables, node, epoch, nonce, event.seq - 1)
             return Kept(fresh, event.seq - 1, is_spent=True)
         numbering = after
         if held is not None:
@@ -99,6 +101,12 @@ def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, 
     numbering = give_up(numbering, oldest)
     save_numbering(tables, node, epoch, "events", numbering, dropped)
     return Kept(fresh, min(numbering.settled, ordered[-1].seq))
+
+
+def _tell_spent(tables: Tables, node: str, epoch: str, nonce: str, settled: int) -> None:
+    tables.execute("INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)", [node, nonce, epoch, settled])
+    newest = "SELECT rowid FROM spent WHERE node = ? ORDER BY rowid DESC LIMIT ?"
+    tables.execute(f"DELETE FROM spent WHERE node = ? AND rowid NOT IN ({newest})", [node, node, SPENT_CONNECTIONS])  # noqa: S608 - constants
 
 
 def _told_spent(tables: Tables, node: str, epoch: str, nonce: str) -> int | None:

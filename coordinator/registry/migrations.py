@@ -109,7 +109,7 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     # 9: of a connection whose numbers stand for other events, no more is taken under them
     """
     CREATE TABLE spent (
-        node TEXT PRIMARY KEY, epoch TEXT NOT NULL, nonce TEXT NOT NULL, settled INTEGER NOT NULL) WITHOUT ROWID;
+        node TEXT NOT NULL, nonce TEXT NOT NULL, epoch TEXT NOT NULL, settled INTEGER NOT NULL, UNIQUE (node, nonce));
     """,
 ]
 

@@ -1,0 +1,677 @@
+"""A fleet on a virtual clock: the decisions are the product's own, and everything between them is pretended.
+
+Its own are the planner and what it holds of silence (coordinator/core), the box's steps (edge_agent/core/diff.py), how events are numbered,
+kept and acknowledged (coordinator/registry/events.py, on a registry in memory). Pretended are programs, sandboxes, links, broker and time.
+What befalls it is the same schedule that real fleets are put through (tests/chaos), and the same checker judges it.
+"""
+
+import heapq
+import itertools
+import random
+import sqlite3
+from collections.abc import Callable
+
+import msgspec
+from sqlite_utils import Database
+
+from coordinator.core.deployment import Deployment, Policy, Replicas
+from coordinator.core.liveness import Contact, Ear, counts_again_at_ms
+from coordinator.core.planner import BoxPlan, Node, Wanted, is_doubled, plan
+from coordinator.registry import events
+from coordinator.registry.migrations import migrate
+from edge_agent.core import diff
+from edge_agent.core.admission import Limits
+from edge_agent.core.diff import Seen
+from sim.checker import BoxState, Kept, Request
+from sim.faults import LINK, Fault
+from skerry.wire.messages import Event, ModelRef, ReplicaSpec
+
+KEEPALIVE_S, WILL_DELAY_S = 3.0, 1.0
+"""After how long a dead link is noticed, on both sides, and how long the broker then waits."""
+RECONNECT_S = (0.1, 3.0)
+RESTART_S = 0.5
+WATCHDOG_S = 10.0
+START_S = (0.1, 0.6)
+DRAIN_S = 0.5
+FETCH_S = 0.2
+GATHER_S = 0.02
+RESEND_S = 2.0
+HOP_S = 0.005
+ASK_EVERY_S = 0.5
+PATIENCE_S = 6.0
+LOST_MS = 4_000
+MEMORY_BYTES = 4 * 2**30
+EVENTS_AT_ONCE = 20
+SETTLE_S = 60.0
+BOXES = {"edge-1": "edge", "edge-2": "edge", "edge-3": "edge", "cloud-1": "cloud"}
+
+
+class Clock:
+    """Seconds since the start; what is to be done at a moment is done in the order of moments."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+
+    def after(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do it then."""
+        heapq.heappush(self._due, (self.now_s + seconds, next(self._numbers), work))
+
+    def run(self, until_s: float) -> None:
+        """Until that moment."""
+        while self._due and self._due[0][0] <= until_s:
+            self.now_s, _, work = heapq.heappop(self._due)
+            work()
+        self.now_s = until_s
+
+    @property
+    def now_ms(self) -> int:
+        """The same, as the registry has it; never 0."""
+        return 1_000_000 + int(self.now_s * 1000)
+
+
+class Outbox(msgspec.Struct):
+    """What of a box's events waits, on its disk."""
+
+    epoch: str
+    last: int = 0
+    waiting: list[Kept] = []
+
+    def copy(self) -> "Outbox":
+        """As a copy of the disk has it."""
+        return Outbox(self.epoch, self.last, list(self.waiting))
+
+
+class Link:
+    """One agent's connection. What is sent while the way is shut is there once it opens again, or gone with the connection."""
+
+    def __init__(self, fleet: "Fleet", name: str, outbox: Outbox, *, is_twin: bool = False) -> None:
+        self.fleet, self.name, self.outbox, self.is_twin = fleet, name, outbox, is_twin
+        self.is_up = False
+        self.agent_runs = False
+        self.shut: set[str] = set()
+        self.latency_s = 0.0
+        self.kept: list[Kept] = []
+        self.number = 0
+        self._confirmed = self._sent = 0
+        self._held: list[Callable[[], None]] = []
+        self._arrives_s = 0.0
+
+    # -- the way
+
+    @property
+    def is_open(self) -> bool:
+        """Whether what is sent now arrives."""
+        return self.agent_runs and not self.shut and self.fleet.broker_runs
+
+    def changed(self) -> None:
+        """The way opened or shut, or one of its ends did."""
+        if not self.agent_runs or not self.fleet.broker_runs:
+            self.drop(has_will=self.fleet.broker_runs)
+        if self.is_open and self.is_up:
+            held, self._held = self._held, []
+            for work in held:
+                self.send(work)
+        elif self.is_open:
+            self._retry()
+        elif self.is_up:
+            number = self.number
+            self.fleet.clock.after(KEEPALIVE_S, lambda: self._notice(number))
+
+    def _notice(self, number: int) -> None:
+        if self.is_up and self.number == number and not self.is_open:
+            self.drop(has_will=True)
+
+    def _retry(self) -> None:
+        self.fleet.clock.after(self.fleet.chance.uniform(*RECONNECT_S), self._connect)
+
+    def _connect(self) -> None:
+        if self.is_up or not self.is_open:
+            return
+        for other in self.fleet.links_of(self.name):
+            if other is not self and other.is_up:
+                other.drop(has_will=False)
+        self.fleet.sessions[self.name] = self.fleet.sessions.get(self.name, 0) + 1
+        self.number, self.is_up, self._held = self.fleet.sessions[self.name], True, []
+        self._confirmed = self._sent = 0
+        self.say("link.up", f"session {self.number}")
+        number = self.number
+        self.send(lambda: self.fleet.presence(self.name, number, is_online=True))
+        self.fleet.connected(self)
+        self._resend(number)
+
+    def drop(self, *, has_will: bool) -> None:
+        """The connection is over, whoever noticed; ``has_will``: the broker says so, unless another comes first."""
+        if not self.is_up:
+            return
+        self.is_up, self._held, number = False, [], self.number
+        if self.agent_runs:
+            self.say("link.lost", "")
+        if has_will:
+            self.fleet.clock.after(WILL_DELAY_S, lambda: self.fleet.will(self.name, number))
+        if self.is_open:
+            self._retry()
+
+    def send(self, work: Callable[[], None]) -> None:
+        """To the other end, which does it there."""
+        if not self.is_up:
+            return
+        if self.is_open:
+            number, now_s = self.number, self.fleet.clock.now_s
+            self._arrives_s = max(self._arrives_s, now_s + HOP_S + self.latency_s / 2)  # in order, as on any connection
+            self.fleet.clock.after(self._arrives_s - now_s, lambda: work() if self.number == number else None)
+        else:
+            self._held.append(work)
+
+    # -- events
+
+    def say(self, kind: str, subject: str) -> None:
+        """Write down that something happened, and tell of it."""
+        self.outbox.last += 1
+        event = Kept(self.name, self.outbox.last, self.fleet.clock.now_ms, kind, subject, "twin" if self.is_twin else "")
+        self.kept.append(event)
+        self.outbox.waiting.append(event)
+        self._send_events()
+
+    def _send_events(self) -> None:
+        batch = [event for event in self.outbox.waiting if event.seq > self._sent][:EVENTS_AT_ONCE]
+        if batch and self.is_up:
+            self._sent = batch[-1].seq
+            epoch, number, oldest = self.outbox.epoch, self.number, self.outbox.waiting[0].seq
+            sent = [Event(epoch, e.seq, e.at_ms, e.kind, e.subject, e.text) for e in batch]
+            self.send(lambda: self.fleet.take_events(self, sent, oldest, f"{number}"))
+            self._send_events()
+
+    def _resend(self, number: int) -> None:
+        if self.is_up and self.number == number:
+            if self.outbox.waiting:
+                self._sent = 0
+                self._send_events()
+            self.fleet.clock.after(RESEND_S, lambda: self._resend(number))
+
+    def confirm(self, epoch: str, settled: int, nonce: str, *, is_spent: bool) -> None:
+        """What the coordinator says that it has."""
+        if nonce != f"{self.number}" or epoch != self.outbox.epoch:
+            return
+        self.outbox.waiting = [event for event in self.outbox.waiting if event.seq > settled]
+        if is_spent:
+            first = self.outbox.waiting[0] if self.outbox.waiting else None
+            self.outbox.epoch = f"{epoch}/{first}" if first else f"{epoch}/{self.fleet.chance.random()}"
+            self._sent = 0
+            self.say("outbox.renumbered", "")
+
+
+class Box:
+    """One box: its disk (``told``, ``generation``), what runs on it, its link."""
+
+    def __init__(self, fleet: "Fleet", name: str, tier: str) -> None:
+        self.fleet, self.name, self.tier = fleet, name, tier
+        self.told: list[ReplicaSpec] = []
+        self.generation = 0
+        self.models: set[str] = set()
+        self.seen: dict[str, Seen] = {}
+        self.runs = {"warden": False, "gateway": False}
+        self.boot = 0
+        self.is_full = False
+        self.link = Link(fleet, name, Outbox("0"))
+        self._passed_on: tuple[int, list[ReplicaSpec]] = (0, [])
+        self._is_due = False
+        self._sandboxes = itertools.count()
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a request here is answered here."""
+        return self.runs["gateway"] and any(
+            one.is_ready and one.phase == "running" and one.spec.deployment == "everywhere" for one in self.seen.values()
+        )
+
+    def start(self) -> None:
+        """Power on."""
+        self.boot += 1
+        for part in ("agent", "warden", "gateway"):
+            self.begin(part)
+
+    def begin(self, part: str) -> None:
+        """A program starts."""
+        if part == "agent":
+            self.link.agent_runs = True
+            self.link.say("agent.started", "")
+            self.link.changed()
+        else:
+            self.runs[part] = True
+            if part == "warden" and self.link.agent_runs:
+                self.hear(*self._passed_on)
+            self.wake()
+
+    def end(self, part: str, *, again_s: float | None) -> None:
+        """A program ends; systemd starts it again after so long, if at all."""
+        if part == "agent":
+            self.link.agent_runs = False
+            self.link.changed()
+        else:
+            self.runs[part] = False
+        if again_s is not None:
+            boot = self.boot
+            self.fleet.clock.after(again_s, lambda: self.begin(part) if self.boot == boot else None)
+
+    def power_off(self) -> None:
+        """Everything that runs is gone; the disk is not."""
+        self.boot += 1
+        self.seen = {}
+        for part in ("agent", "warden", "gateway"):
+            self.end(part, again_s=None)
+
+    def end_worker(self, which: int) -> None:
+        """A sandbox ends."""
+        running = sorted(name for name, one in self.seen.items() if one.phase == "running")
+        if running:
+            name = running[which % len(running)]
+            self.seen[name] = msgspec.structs.replace(
+                self.seen[name], phase="dead", is_ready=False, retry_at=self.fleet.clock.now_s + RESTART_S
+            )
+            self.fleet.clock.after(RESTART_S, self.wake)
+            self.wake()
+
+    def hear(self, generation: int, replicas: list[ReplicaSpec]) -> None:
+        """A document, which the agent holds for a warden that is not there; it is on disk from then on, for which room is kept."""
+        self._passed_on = max(self._passed_on, (generation, replicas), key=lambda one: one[0])
+        if self.runs["warden"] and generation > self.generation:
+            self.generation, self.told = generation, replicas
+            self.say("desired.accepted", f"{generation}")
+        self.wake()
+
+    def say(self, kind: str, subject: str) -> None:
+        """Through the agent, where it runs: the warden's own journal is not pretended here."""
+        if self.link.agent_runs and not self.is_full:
+            self.link.say(kind, subject)
+
+    def wake(self) -> None:
+        """Look soon."""
+        if not self._is_due:
+            self._is_due = True
+            self.fleet.clock.after(0.01, self._look)
+
+    def _look(self) -> None:
+        self._is_due = False
+        if not self.runs["warden"]:
+            return
+        now_s = self.fleet.clock.now_s
+        for spec in self.told:
+            missing = not any(one.spec == spec for one in self.seen.values())
+            if missing and spec.model.sha256 in self.models:
+                self.seen[f"{spec.name}-{next(self._sandboxes)}"] = Seen(spec, "fetched")
+        found = diff.next_steps(
+            {spec.name: spec for spec in self.told}, self.seen, warm={}, limits=Limits(MEMORY_BYTES, {}), now=now_s
+        ).steps
+        for step in found:
+            self._do(step)
+        if found:
+            self.wake()
+        self.report()
+
+    def _do(self, step: diff.Step) -> None:
+        match step:
+            case diff.Fetch(spec):
+                if self.link.is_open and not self.is_full:
+                    self.fleet.clock.after(FETCH_S, lambda: self.models.add(spec.model.sha256))
+                self.fleet.clock.after(FETCH_S + 0.5, self.wake)
+            case diff.Start(spec):
+                self._start(spec)
+            case diff.Drain(sandbox):
+                now_s = self.fleet.clock.now_s
+                self.seen[sandbox] = msgspec.structs.replace(
+                    self.seen[sandbox], phase="draining", is_ready=False, drained_at=now_s + DRAIN_S
+                )
+                self.fleet.clock.after(DRAIN_S, self.wake)
+            case diff.Remove(sandbox):
+                self.say("replica.removed", self.seen.pop(sandbox).spec.name)
+            case _:
+                raise AssertionError(step)
+
+    def _start(self, spec: ReplicaSpec) -> None:
+        sandbox = next(name for name, one in self.seen.items() if one.spec == spec and one.phase == "fetched")
+        self.seen[sandbox] = Seen(spec, "running")
+        self.say("replica.started", spec.name)
+        self.fleet.clock.after(self.fleet.chance.uniform(*START_S), lambda: self._ready(sandbox))
+
+    def _ready(self, sandbox: str) -> None:
+        one = self.seen.get(sandbox)
+        if one is not None and one.phase == "running" and not one.is_ready:
+            self.seen[sandbox] = msgspec.structs.replace(one, is_ready=True)
+            self.say("replica.ready", one.spec.name)
+            self.wake()
+
+    def ready(self) -> frozenset[str]:
+        """Replicas that answer as they are wanted."""
+        return frozenset(one.spec.name for one in self.seen.values() if one.is_ready and one.phase == "running" and one.spec in self.told)
+
+    def report(self) -> None:
+        """Tell the coordinator how it is."""
+        generation, ready = self.generation, self.ready()
+        self.link.send(lambda: self.fleet.reported(self.name, generation, ready))
+
+
+class Fleet:
+    """Boxes, broker and coordinator; ``run`` puts them through a schedule."""
+
+    def __init__(self, seed: int, registry: Database) -> None:
+        self.clock, self.chance = Clock(), random.Random(f"fleet/{seed}")
+        self.registry = registry
+        self.broker_runs = self.coordinator_runs = True
+        self.signer_runs = True
+        self.sessions: dict[str, int] = {}
+        self.boxes = {name: Box(self, name, tier) for name, tier in BOXES.items()}
+        self.twins: list[Link] = []
+        self.asked: list[Request] = []
+        self.happened: list[Fault] = []
+        self._contacts: dict[str, tuple[int, Contact]] = {}
+        self._reports: dict[str, tuple[int, frozenset[str]]] = {}
+        self._told: dict[str, BoxPlan] = {}
+        self._generations: dict[str, int] = {}
+        self._ear, self._listening_ms = Ear(), self.clock.now_ms
+        self._wanted = {"everywhere": (1, 1), "counted": (1, 1)}
+        self._is_plan_due = False
+        self._again_s = 0.0
+        self._queue: list[Callable[[], None]] = []
+
+    def links_of(self, name: str) -> list[Link]:
+        """Of a box, and of others of its name."""
+        return [self.boxes[name].link, *(twin for twin in self.twins if twin.name == name)]
+
+    # -- the coordinator
+
+    def _hear(self, work: Callable[[], None]) -> None:
+        """What the broker passes on; it keeps it while the coordinator is away."""
+        if self.coordinator_runs:
+            work()
+        else:
+            self._queue.append(work)
+
+    def presence(self, name: str, number: int, *, is_online: bool) -> None:
+        """A box is connected, or was."""
+
+        def take() -> None:
+            session, held = self._contacts.get(name, (0, Contact(False, self.clock.now_ms)))
+            if number < session or (number == session and held.online == is_online):
+                return
+            first = Contact(is_online, self.clock.now_ms, 0 if is_online else self.clock.now_ms)
+            self._contacts[name] = (number, held.after(online=is_online, now_ms=self.clock.now_ms) if session else first)
+            self.plan_soon()
+
+        self._hear(take)
+
+    def will(self, name: str, number: int) -> None:
+        """The broker's word for a box that is gone, unless another connection of its came."""
+        if self.broker_runs and self.sessions.get(name) == number and not any(link.is_up for link in self.links_of(name)):
+            self.presence(name, number, is_online=False)
+
+    def connected(self, link: Link) -> None:
+        """The broker has what the box was told last."""
+        self._tell(link.name)
+        box = self.boxes[link.name]
+        if link is box.link:
+            box.report()
+
+    def reported(self, name: str, generation: int, ready: frozenset[str]) -> None:
+        """How a box is."""
+
+        def take() -> None:
+            if self._reports.get(name) != (generation, ready):
+                self._reports[name] = (generation, ready)
+                self.plan_soon()
+
+        self._hear(take)
+
+    def take_events(self, link: Link, batch: list[Event], oldest: int, nonce: str) -> None:
+        """Keep them, and say so."""
+
+        def take() -> None:
+            kept = events.save_events(
+                self.registry, link.name, batch, oldest=oldest, dropped=0, now_ms=self.clock.now_ms, nonce=nonce
+            )
+            for each in self.links_of(link.name):
+                if each.is_up:
+                    each.send(lambda: each.confirm(batch[0].epoch, kept.settled, nonce, is_spent=kept.is_spent))
+
+        self._hear(take)
+
+    def plan_soon(self) -> None:
+        """Plan what there is."""
+        if not self._is_plan_due:
+            self._is_plan_due = True
+            self.clock.after(GATHER_S, self._plan)
+
+    def _plan(self) -> None:
+        self._is_plan_due = False
+        if not self.coordinator_runs:
+            return
+        now_ms = self.clock.now_ms
+        listening_ms = self._listening_ms if self.broker_runs else 0
+        self._ear = self._ear.after(listening_since_ms=listening_ms, now_ms=now_ms)
+        nodes = [
+            Node(
+                name, box.tier, {}, f"http://{name}", contact.online, MEMORY_BYTES, 0, ["process"],
+                silent_ms=contact.silent_ms(self._ear.heard_until_ms), ready=self._reports.get(name, (0, frozenset()))[1],
+            )
+            for name, box in self.boxes.items()
+            if (contact := self._contacts.get(name, (0, None))[1]) is not None
+        ]  # fmt: skip
+        made = plan(nodes, self._deployments(), self._told)
+        for name, part in made.boxes.items():
+            if part != self._told.get(name, BoxPlan()):
+                self._generations[name] = self._generations.get(name, 0) + 1
+                self._told[name] = part
+                self._tell(name)
+        times_s = [2.0] if any(is_doubled(outcome) for outcome in made.outcomes.values()) else []
+        if counts_again_at_ms(listening_since_ms=listening_ms, now_ms=now_ms) != now_ms:
+            times_s.append(1.0)
+        else:
+            changes = (contact.next_change_ms(self._ear.heard_until_ms, [LOST_MS]) for _, contact in self._contacts.values())
+            times_s += [max(0.1, (at_ms - now_ms) / 1000) for at_ms in changes if at_ms is not None]
+        if times_s:
+            self._plan_again(min(times_s))
+
+    def _plan_again(self, seconds: float) -> None:
+        at_s = self._again_s = self.clock.now_s + seconds
+        self.clock.after(seconds, lambda: self.plan_soon() if self._again_s == at_s else None)
+
+    def _deployments(self) -> list[Wanted]:
+        found = []
+        for name, (version, count) in self._wanted.items():
+            replicas = Replicas(per_node=2) if name == "everywhere" else Replicas(count=count)
+            tiers = ["edge", "cloud"] if name == "everywhere" else ["edge"]
+            spec = Deployment(
+                name, "scale", version, replicas, {}, tiers, "any", 2**27, 1.0, 0, "process", 1500, 0.99, "overflow",
+                disconnect=Policy(lost_after_ms=LOST_MS, replace=True),
+            )  # fmt: skip
+            found.append(Wanted(spec, 10 * version + count, ModelRef("scale", version, f"{version}", 1)))
+        return found
+
+    def _tell(self, name: str) -> None:
+        if name in self._told and self.signer_runs:
+            part, generation = self._told[name], self._generations[name]
+            for link in self.links_of(name):
+                if not link.is_twin:
+                    link.send(lambda: self.boxes[name].hear(generation, part.replicas))
+
+    def change(self) -> None:
+        """An operator changes something."""
+        name = self.chance.choice(list(self._wanted))
+        version, count = self._wanted[name]
+        self._wanted[name] = (self.chance.choice((1, 2)), count) if name == "everywhere" else (version, self.chance.choice((1, 2)))
+        self.plan_soon()
+
+    # -- what befalls it
+
+    def befall(self, fault: Fault) -> None:
+        """Bring it about now, and its end later."""
+        begun_s = self.clock.now_s
+        self.happened.append(msgspec.structs.replace(fault, at_s=begun_s))
+        if not fault.box:
+            over = self._befall_centre(fault)
+        elif fault.kind in LINK:
+            over = self._befall_link(self.boxes[fault.box].link, fault)
+        else:
+            over = self._befall_machine(self.boxes[fault.box], fault)
+        self.clock.after(fault.lasts_s, over)
+
+    def _befall_link(self, link: Link, fault: Fault) -> Callable[[], None]:
+        if fault.kind in ("cut", "one_way"):  # either way shut is no way for TCP
+            link.shut.add(fault.kind)
+        else:
+            link.latency_s = 2.0
+        link.changed()
+
+        def over() -> None:
+            link.shut.discard(fault.kind)
+            link.latency_s = 0.0
+            link.changed()
+
+        return over
+
+    def _befall_machine(self, box: Box, fault: Fault) -> Callable[[], None]:  # noqa: C901 - one case for each kind
+        over: Callable[[], None] = lambda: None  # noqa: E731 - nothing is to be ended
+        match fault.kind:
+            case "kill" if fault.part == "worker":
+                box.end_worker(int(fault.at_s * 1000))
+            case "freeze" if fault.part == "worker":
+                pass  # hedged: another of the two answers
+            case "kill":
+                box.end(fault.part, again_s=RESTART_S)
+            case "freeze":
+                box.end(fault.part, again_s=min(fault.lasts_s, WATCHDOG_S))
+            case "disk_full":
+                box.is_full = True
+
+                def over() -> None:
+                    box.is_full = False
+                    box.wake()
+            case "disk_read_only" | "reboot":
+                if fault.kind == "reboot":
+                    box.power_off()
+
+                def over() -> None:
+                    box.power_off()
+                    box.start()
+            case "memory":
+                for part in ("agent", "warden", "gateway"):
+                    box.end(part, again_s=RESTART_S)
+            case "twin":
+                twin = Link(self, box.name, box.link.outbox.copy(), is_twin=True)
+                self.twins.append(twin)
+                twin.agent_runs = True
+                twin.say("agent.started", "")
+                twin.changed()
+
+                def over() -> None:
+                    twin.agent_runs = False
+                    twin.changed()
+                    self.twins.remove(twin)
+                    self.twin_kept.extend(twin.kept)
+            case _:
+                pass  # a clock that jumps: nothing here goes by it
+        return over
+
+    twin_kept: list[Kept] = []
+
+    def _befall_centre(self, fault: Fault) -> Callable[[], None]:
+        part = fault.part or "broker"
+        lasts_s = max(fault.lasts_s, RESTART_S)
+        if part == "broker":
+            self.broker_runs = False
+            if fault.kind == "broker_wipe":
+                self._queue = []
+            for name in self.boxes:
+                for link in self.links_of(name):
+                    link.changed()
+        elif part == "coordinator":
+            self.coordinator_runs = False
+        else:
+            self.signer_runs = False
+
+        def over() -> None:
+            self.broker_runs, self.coordinator_runs, self.signer_runs = True, True, True
+            self._listening_ms = self.clock.now_ms + 1
+            queue, self._queue = self._queue, []
+            for work in queue:
+                self._hear(work)
+            for name in self.boxes:
+                self._tell(name)
+                for link in self.links_of(name):
+                    if link.is_up or part == "broker":
+                        link.changed()
+            for name, (session, contact) in list(self._contacts.items()):  # what the broker says of who is there
+                is_there = any(link.is_up for link in self.links_of(name))
+                if contact.online and not is_there:
+                    self.clock.after(WILL_DELAY_S + KEEPALIVE_S, lambda name=name, session=session: self.will(name, session))
+            self.plan_soon()
+
+        self.clock.after(lasts_s, over)
+        return lambda: None
+
+    # -- load
+
+    def ask(self, box: Box) -> None:
+        """A caller beside a box, with its patience."""
+        sent_s = self.clock.now_s
+
+        def look() -> None:
+            now_s = self.clock.now_s
+            cloud = self.boxes["cloud-1"]
+            is_near = box.is_serving
+            is_afar = box.runs["gateway"] and box.link.is_open and cloud.link.is_open and cloud.is_serving
+            if is_near or is_afar or now_s - sent_s >= PATIENCE_S:
+                is_answered = is_near or is_afar
+                self.asked.append(Request(sent_s, now_s, [box.name], True, is_answered, error="" if is_answered else "nobody"))
+            else:
+                self.clock.after(0.1, look)
+
+        look()
+
+    def run(self, schedule: list[Fault], *, seconds: float) -> None:
+        """All of it, and the time that it takes to be whole again."""
+        self.twin_kept = []
+        for box in self.boxes.values():
+            box.start()
+        self.clock.run(8.0)
+        for fault in schedule:
+            self.clock.after(fault.at_s, lambda fault=fault: self.befall(fault))
+        steps = int(seconds / ASK_EVERY_S)
+        for step in range(steps):
+            for box in self.boxes.values():
+                self.clock.after(step * ASK_EVERY_S, lambda box=box: self.ask(box))
+        for step in range(int(seconds / 6)):
+            self.clock.after(6 * step + self.chance.random(), self.change)
+        self.clock.run(8.0 + seconds + SETTLE_S)
+
+    def states(self) -> list[BoxState]:
+        """Every box, as the coordinator takes it to be and as it is."""
+        found = []
+        for name, box in self.boxes.items():
+            generation, ready = self._reports.get(name, (0, frozenset()))
+            contact = self._contacts.get(name, (0, Contact(False, 0)))[1]
+            wanted = [replica.name for replica in self._told.get(name, BoxPlan()).replicas]
+            running = sum(one.phase in ("running", "draining") for one in box.seen.values())
+            told = self._generations.get(name, 0)
+            found.append(BoxState(name, contact.online, told, generation, "", wanted, sorted(ready), running))
+        return found
+
+    def arrived(self) -> list[Kept]:
+        """Every event in the registry."""
+        rows = self.registry.query("SELECT node, seq, at_ms, kind, subject, text FROM events")
+        return [Kept(**row) for row in rows]
+
+
+def empty_registry() -> Database:
+    """In memory; ``clear`` makes it empty again, sooner than another is made."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.execute("PRAGMA synchronous = OFF")
+    migrate(connection)
+    return Database(connection)
+
+
+def clear(registry: Database) -> None:
+    """Nothing was ever said."""
+    for table in ("events", "numberings", "spent"):
+        registry.execute(f"DELETE FROM {table}")  # noqa: S608 - names from above

@@ -40,7 +40,9 @@ def one(seed: int, registry: Database, *, seconds: float, kinds: tuple[faults.Ki
     fleet.run(faults.schedule(seed, boxes=list(BOXES), seconds=seconds, kinds=kinds), seconds=seconds)
     kept = [event for box in fleet.boxes.values() for event in box.link.kept]
     away = checker.disturbances(fleet.happened, RECOVERY_S)
-    wrong = checker.unanswered(fleet.asked, away) + checker.events_wrong(kept, fleet.arrived(), lost={}) + checker.unconverged(fleet.states())
+    wrong = (
+        checker.unanswered(fleet.asked, away) + checker.events_wrong(kept, fleet.arrived(), lost={}) + checker.unconverged(fleet.states())
+    )
     return Outcome(seed, len(fleet.happened), len(fleet.asked), len(kept), wrong)
 
 
@@ -56,7 +58,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1000, help="how many schedules")
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="for how long things befall each fleet")
-    parser.add_argument("--kinds", nargs="+", choices=faults.KINDS, default=list(faults.KINDS), metavar="KIND", help=", ".join(faults.KINDS))
+    parser.add_argument(
+        "--kinds", nargs="+", choices=faults.KINDS, default=list(faults.KINDS), metavar="KIND", help=", ".join(faults.KINDS)
+    )
     arguments = parser.parse_args()
     cores = min(os.cpu_count() or 1, arguments.seeds)
     every = range(arguments.first, arguments.first + arguments.seeds)
@@ -64,15 +68,18 @@ def main() -> None:
     began_s = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         found = [
-            outcome for part in pool.starmap(some, [(part, arguments.seconds, tuple(arguments.kinds)) for part in parts]) for outcome in part
+            outcome
+            for part in pool.starmap(some, [(part, arguments.seconds, tuple(arguments.kinds)) for part in parts])
+            for outcome in part
         ]
     took_s = time.monotonic() - began_s
     broken = sorted((outcome for outcome in found if outcome.wrong), key=lambda outcome: outcome.seed)
+    kinds = Counter(text.split(":")[-1].strip()[:40] for outcome in broken for text in outcome.wrong)
     report = {
         "sim": "chaos", "schedules": len(found), "seconds_each": arguments.seconds, "took_s": round(took_s, 1),
         "schedules_per_minute": round(60 * len(found) / took_s), "faults": sum(outcome.faults for outcome in found),
         "requests": sum(outcome.requests for outcome in found), "events": sum(outcome.events for outcome in found),
-        "broken": len(broken), "kinds_of_wrong": dict(Counter(text.split(":")[-1].strip()[:40] for o in broken for text in o.wrong).most_common(5)),
+        "broken": len(broken), "kinds_of_wrong": dict(kinds.most_common(SHOWN)),
         "first_broken": msgspec.to_builtins(broken[:SHOWN]),
     }  # fmt: skip
     sys.stdout.write(msgspec.json.encode(report).decode() + "\n")

@@ -4,14 +4,12 @@ It is fed by real fleets (tests/chaos) and by those on a virtual clock (sim/flee
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from sim.faults import Fault
 
-DISTURBS_SERVING = {"memory", "reboot"}
-"""Of a box's machine: what may keep it from answering. A full disk, a clock that jumps, another box under its name may not."""
 DISTURBS_LINK = {"cut", "loss", "latency", "slow", "one_way"}
 
 
@@ -54,14 +52,19 @@ class BoxState(msgspec.Struct, frozen=True):
     """Sandboxes that exist on it, those that are held ready left out."""
 
 
-def disturbances(faults: Iterable[Fault], recovery_s: Mapping[str, float]) -> list[tuple[str, bool, float, float]]:
+def disturbances(faults: Sequence[Fault], recovery_s: Mapping[str, float]) -> list[tuple[str, bool, float, float]]:
     """Box, whether only from outside, from when, until when: times in which a box need not answer. ``recovery_s`` is how long a kind
-    may take to be over, by kind, or by part for those that are killed or frozen; what is not in it costs no answer."""
+    may take to be over, by kind, or by part for those that are killed or frozen; what is not in it costs no answer. A warden that is away
+    while it would bring a box back has the same time again."""
     found = []
     for fault in faults:
         over_s = recovery_s.get(fault.kind, recovery_s.get(fault.part))
         if fault.box and over_s is not None:
-            found.append((fault.box, fault.kind in DISTURBS_LINK, fault.at_s, fault.until_s + over_s))
+            ends_s = fault.until_s + over_s
+            for other in sorted((one for one in faults if one.box == fault.box and one.part == "warden"), key=lambda one: one.at_s):
+                if fault.kind not in DISTURBS_LINK and fault.until_s <= other.at_s < ends_s:
+                    ends_s = max(ends_s, other.until_s + over_s)
+            found.append((fault.box, fault.kind in DISTURBS_LINK, fault.at_s, ends_s))
     return found
 
 

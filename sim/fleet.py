@@ -373,6 +373,7 @@ class Fleet:
         self._wanted = {"everywhere": (1, 1), "counted": (1, 1)}
         self._is_plan_due = False
         self._again_s = 0.0
+        self._listens, self._is_forgotten = True, False
         self._queue: list[Callable[[], None]] = []
 
     def links_of(self, name: str) -> list[Link]:
@@ -382,10 +383,10 @@ class Fleet:
     # -- the coordinator
 
     def _hear(self, work: Callable[[], None]) -> None:
-        """What the broker passes on; it keeps it while the coordinator is away."""
-        if self.coordinator_runs:
+        """What the broker passes on; it keeps it while the coordinator is away, if it knows of it at all."""
+        if self.coordinator_runs and self._listens:
             work()
-        else:
+        elif not self._is_forgotten:
             self._queue.append(work)
 
     def presence(self, name: str, number: int, *, is_online: bool) -> None:
@@ -427,12 +428,10 @@ class Fleet:
         """Keep them, and say so."""
 
         def take() -> None:
-            kept = events.save_events(
-                self.registry, link.name, batch, oldest=oldest, dropped=0, now_ms=self.clock.now_ms, nonce=nonce
-            )
+            kept = events.save_events(self.registry, link.name, batch, oldest=oldest, dropped=0, now_ms=self.clock.now_ms, nonce=nonce)
             for each in self.links_of(link.name):
                 if each.is_up:
-                    each.send(lambda: each.confirm(batch[0].epoch, kept.settled, nonce, is_spent=kept.is_spent))
+                    each.send(lambda each=each: each.confirm(batch[0].epoch, kept.settled, nonce, is_spent=kept.is_spent))
 
         self._hear(take)
 
@@ -491,9 +490,7 @@ class Fleet:
     def _tell(self, name: str) -> None:
         if name in self._told and self.signer_runs:
             part, generation = self._told[name], self._generations[name]
-            for link in self.links_of(name):
-                if not link.is_twin:
-                    link.send(lambda: self.boxes[name].hear(generation, part.replicas))
+            self.boxes[name].link.send(lambda: self.boxes[name].hear(generation, part.replicas))
 
     def change(self) -> None:
         """An operator changes something."""
@@ -568,47 +565,60 @@ class Fleet:
                     twin.agent_runs = False
                     twin.changed()
                     self.twins.remove(twin)
-                    self.twin_kept.extend(twin.kept)
             case _:
                 pass  # a clock that jumps: nothing here goes by it
         return over
-
-    twin_kept: list[Kept] = []
 
     def _befall_centre(self, fault: Fault) -> Callable[[], None]:
         part = fault.part or "broker"
         lasts_s = max(fault.lasts_s, RESTART_S)
         if part == "broker":
-            self.broker_runs = False
+            self.broker_runs = self._listens = False
             if fault.kind == "broker_wipe":
-                self._queue = []
-            for name in self.boxes:
-                for link in self.links_of(name):
-                    link.changed()
+                self._queue, self._is_forgotten = [], True
+            self._links_changed()
         elif part == "coordinator":
-            self.coordinator_runs = False
+            self.coordinator_runs = self._listens = False
         else:
             self.signer_runs = False
+        self.clock.after(lasts_s, lambda: self._centre_is_back(part))
+        return lambda: None
 
-        def over() -> None:
-            self.broker_runs, self.coordinator_runs, self.signer_runs = True, True, True
-            self._listening_ms = self.clock.now_ms + 1
-            queue, self._queue = self._queue, []
-            for work in queue:
-                self._hear(work)
+    def _centre_is_back(self, part: str) -> None:
+        self.broker_runs = self.coordinator_runs = self.signer_runs = True
+        if part == "broker":
+            self._links_changed()
+        if part == "signer":
             for name in self.boxes:
                 self._tell(name)
-                for link in self.links_of(name):
-                    if link.is_up or part == "broker":
-                        link.changed()
-            for name, (session, contact) in list(self._contacts.items()):  # what the broker says of who is there
-                is_there = any(link.is_up for link in self.links_of(name))
-                if contact.online and not is_there:
-                    self.clock.after(WILL_DELAY_S + KEEPALIVE_S, lambda name=name, session=session: self.will(name, session))
-            self.plan_soon()
+        else:
+            self.clock.after(self.chance.uniform(*RECONNECT_S), self._listen)
 
-        self.clock.after(lasts_s, over)
-        return lambda: None
+    def _links_changed(self) -> None:
+        for name in self.boxes:
+            for link in self.links_of(name):
+                link.changed()
+
+    def _listen(self) -> None:
+        """The coordinator is connected again: it hears what was kept for it, and who is there, and tells all boxes."""
+        if self._listens or not (self.coordinator_runs and self.broker_runs):
+            return
+        self._listens, self._is_forgotten = True, False
+        self._listening_ms = self.clock.now_ms
+        queue, self._queue = self._queue, []
+        for work in queue:
+            work()
+        for name, box in self.boxes.items():
+            up = [link for link in self.links_of(name) if link.is_up]
+            for link in up:  # retained
+                self.presence(name, link.number, is_online=True)
+            session, contact = self._contacts.get(name, (0, Contact(False, 0)))
+            if contact.online and not up:
+                self.clock.after(WILL_DELAY_S + KEEPALIVE_S, lambda name=name, session=session: self.will(name, session))
+            if box.link.is_up:
+                box.report()
+            self._tell(name)
+        self.plan_soon()
 
     # -- load
 
@@ -631,7 +641,6 @@ class Fleet:
 
     def run(self, schedule: list[Fault], *, seconds: float) -> None:
         """All of it, and the time that it takes to be whole again."""
-        self.twin_kept = []
         for box in self.boxes.values():
             box.start()
         self.clock.run(8.0)
@@ -673,5 +682,5 @@ def empty_registry() -> Database:
 
 def clear(registry: Database) -> None:
     """Nothing was ever said."""
-    for table in ("events", "numberings", "spent"):
+    for table in ("events", "numberings", "heard"):
         registry.execute(f"DELETE FROM {table}")  # noqa: S608 - names from above

@@ -9,8 +9,8 @@ from coordinator.core.sequence import Numbering, begun, give_up, take
 from skerry.wire.messages import Event
 
 Stream = Literal["events", "samples"]
-SPENT_CONNECTIONS = 16
-"""Of one name, of which it is remembered that they were told so: nothing of an older one is on its way any more."""
+CONNECTIONS = 16
+"""Of one name, of which it is remembered what was heard: nothing of an older one is on its way any more."""
 OWN_EPOCH = "coordinator"
 """Under which the coordinator writes events of its own."""
 
@@ -61,8 +61,8 @@ def read_accounts(tables: Tables, node: str | None = None) -> list[Account]:
 
 class Kept(msgspec.Struct, frozen=True):
     """What became of a batch: the events that were new, and the number up to which the box need hold nothing any more, which is none
-    that it did not send now: an earlier disk of its may have said something else. ``is_spent``: the number after it stands for another
-    event here, since the box's disk is one of an earlier day; ``is_known``: this connection was told so before."""
+    that was not heard on its connection: another disk of its may have said something else under it. ``is_spent``: the number after it
+    stands for another event here, since the box's disk is one of an earlier day; ``is_known``: this connection was told so before."""
 
     fresh: list[Event]
     settled: int
@@ -71,21 +71,27 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, dropped: int, now_ms: int, nonce: str = "") -> Kept:
-    """Keep a batch of one epoch. ``nonce`` is of the connection on which it came: what was on its way there when its numbers were found
-    to be spent comes again under others, and must not be kept under both."""
+    """Keep a batch of one epoch. ``nonce`` is of the connection on which it came.
+
+    What came on a connection after something was lost there is not kept: the box sends all of it again, and what was lost may turn out to
+    be under numbers that are spent. Nor is what was on its way when that was found: it comes again under others.
+    """
     epoch = events[0].epoch
-    told = _told_spent(tables, node, epoch, nonce)
-    if told is not None:
-        return Kept([], told, is_spent=True, is_known=True)
-    numbering = read_numbering(tables, node, epoch, "events") or begun(oldest or events[0].seq)
-    fresh: list[Event] = []
+    through, is_spent = _heard(tables, node, epoch, nonce)
+    if is_spent:
+        return Kept([], through, is_spent=True, is_known=True)
     ordered = sorted(events, key=lambda event: event.seq)
+    through = max(through, (oldest or ordered[0].seq) - 1)
+    numbering = read_numbering(tables, node, epoch, "events") or begun(oldest or ordered[0].seq)
+    if nonce and ordered[0].seq > through + 1:
+        return Kept([], min(numbering.settled, through))
+    fresh: list[Event] = []
     for event in ordered:
         after, is_new = take(numbering, event.seq)
         held = None if is_new else _held(tables, node, event)
         if held is not None and held != (event.at_ms, event.kind, event.subject, event.text):
             save_numbering(tables, node, epoch, "events", numbering, dropped)
-            _tell_spent(tables, node, epoch, nonce, event.seq - 1)
+            _save_heard(tables, node, epoch, nonce, event.seq - 1, is_spent=True)
             return Kept(fresh, event.seq - 1, is_spent=True)
         numbering = after
         if held is not None:
@@ -100,19 +106,25 @@ def save_events(tables: Tables, node: str, events: list[Event], *, oldest: int, 
                 numbering = msgspec.structs.replace(numbering, lost=max(0, numbering.lost - 1))
     numbering = give_up(numbering, oldest)
     save_numbering(tables, node, epoch, "events", numbering, dropped)
-    return Kept(fresh, min(numbering.settled, ordered[-1].seq))
+    for event in ordered:
+        if event.seq == through + 1:
+            through = event.seq
+    _save_heard(tables, node, epoch, nonce, through, is_spent=False)
+    return Kept(fresh, min(numbering.settled, through))
 
 
-def _tell_spent(tables: Tables, node: str, epoch: str, nonce: str, settled: int) -> None:
-    tables.execute("INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)", [node, nonce, epoch, settled])
-    newest = "SELECT rowid FROM spent WHERE node = ? ORDER BY rowid DESC LIMIT ?"
-    tables.execute(f"DELETE FROM spent WHERE node = ? AND rowid NOT IN ({newest})", [node, node, SPENT_CONNECTIONS])  # noqa: S608 - constants
+def _heard(tables: Tables, node: str, epoch: str, nonce: str) -> tuple[int, bool]:
+    """The number up to which a connection said all that its box held, and whether it was told that what follows is spent."""
+    rows = tables.query("SELECT through, is_spent FROM heard WHERE node = ? AND epoch = ? AND nonce = ?", [node, epoch, nonce])
+    return next(((row["through"], bool(row["is_spent"])) for row in rows), (0, False))
 
 
-def _told_spent(tables: Tables, node: str, epoch: str, nonce: str) -> int | None:
-    """The number up to which a connection was told that its events are here, and those after it others; None for one that was not."""
-    query = "SELECT settled FROM spent WHERE node = ? AND epoch = ? AND nonce = ? AND nonce <> ''"
-    return next((row["settled"] for row in tables.query(query, [node, epoch, nonce])), None)
+def _save_heard(tables: Tables, node: str, epoch: str, nonce: str, through: int, *, is_spent: bool) -> None:
+    if not nonce:
+        return
+    tables.execute("INSERT OR REPLACE INTO heard VALUES (?, ?, ?, ?, ?)", [node, nonce, epoch, through, int(is_spent)])
+    newest = "SELECT rowid FROM heard WHERE node = ? ORDER BY rowid DESC LIMIT ?"
+    tables.execute(f"DELETE FROM heard WHERE node = ? AND rowid NOT IN ({newest})", [node, node, CONNECTIONS])  # noqa: S608 - constants
 
 
 def _held(tables: Tables, node: str, event: Event) -> tuple[int, str, str, str] | None:

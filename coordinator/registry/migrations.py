@@ -106,10 +106,11 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     "ALTER TABLE users ADD COLUMN subject TEXT NOT NULL DEFAULT ''",
     # 8: for how long a box was silent; disconnect is acted upon
     _read_policies,
-    # 9: of a connection whose numbers stand for other events, no more is taken under them
+    # 9: which of a box's numbers each of its connections was heard to use, and which of them were told that theirs are spent
     """
-    CREATE TABLE spent (
-        node TEXT NOT NULL, nonce TEXT NOT NULL, epoch TEXT NOT NULL, settled INTEGER NOT NULL, UNIQUE (node, nonce));
+    CREATE TABLE heard (
+        node TEXT NOT NULL, nonce TEXT NOT NULL, epoch TEXT NOT NULL, through INTEGER NOT NULL, is_spent INTEGER NOT NULL,
+        UNIQUE (node, nonce));
     """,
 ]
 

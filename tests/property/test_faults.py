@@ -99,3 +99,6 @@ def test_a_kind_that_must_cost_no_answer_excuses_none():
     ]
     away = checker.disturbances(happened, {"reboot": 3.0, "gateway": 1.0})
     assert away == [("a", False, 1.0, 6.0), ("a", False, 4.0, 5.0)]
+    frozen = faults.Fault(5.0, 10.0, "freeze", "a", "warden")
+    assert checker.disturbances([happened[1], frozen], {"reboot": 3.0}) == [("a", False, 1.0, 18.0)]
+    assert checker.disturbances([happened[1], frozen], {"reboot": 1.0}) == [("a", False, 1.0, 4.0)], "it was over before"

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from sim.faults import Fault
-
-DISTURBS_LINK = {"cut", "loss", "latency", "slow", "one_way"}
+from sim.faults import LINK, Fault
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -62,9 +60,9 @@ def disturbances(faults: Sequence[Fault], recovery_s: Mapping[str, float]) -> li
         if fault.box and over_s is not None:
             ends_s = fault.until_s + over_s
             for other in sorted((one for one in faults if one.box == fault.box and one.part == "warden"), key=lambda one: one.at_s):
-                if fault.kind not in DISTURBS_LINK and fault.until_s <= other.at_s < ends_s:
+                if fault.kind not in LINK and fault.until_s <= other.at_s < ends_s:
                     ends_s = max(ends_s, other.until_s + over_s)
-            found.append((fault.box, fault.kind in DISTURBS_LINK, fault.at_s, ends_s))
+            found.append((fault.box, fault.kind in LINK, fault.at_s, ends_s))
     return found
 
 

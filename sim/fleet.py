@@ -43,6 +43,7 @@ LOST_MS = 4_000
 MEMORY_BYTES = 4 * 2**30
 EVENTS_AT_ONCE = 20
 SETTLE_S = 60.0
+PROGRAMS = ("agent", "warden", "gateway")
 BOXES = {"edge-1": "edge", "edge-2": "edge", "edge-3": "edge", "cloud-1": "cloud"}
 
 
@@ -94,7 +95,7 @@ class Link:
         self.latency_s = 0.0
         self.kept: list[Kept] = []
         self.number = 0
-        self._confirmed = self._sent = 0
+        self._sent = 0
         self._held: list[Callable[[], None]] = []
         self._arrives_s = 0.0
 
@@ -134,7 +135,7 @@ class Link:
                 other.drop(has_will=False)
         self.fleet.sessions[self.name] = self.fleet.sessions.get(self.name, 0) + 1
         self.number, self.is_up, self._held = self.fleet.sessions[self.name], True, []
-        self._confirmed = self._sent = 0
+        self._sent = 0
         self.say("link.up", f"session {self.number}")
         number = self.number
         self.send(lambda: self.fleet.presence(self.name, number, is_online=True))
@@ -229,7 +230,7 @@ class Box:
     def start(self) -> None:
         """Power on."""
         self.boot += 1
-        for part in ("agent", "warden", "gateway"):
+        for part in PROGRAMS:
             self.begin(part)
 
     def begin(self, part: str) -> None:
@@ -259,7 +260,7 @@ class Box:
         """Everything that runs is gone; the disk is not."""
         self.boot += 1
         self.seen = {}
-        for part in ("agent", "warden", "gateway"):
+        for part in PROGRAMS:
             self.end(part, again_s=None)
 
     def end_worker(self, which: int) -> None:
@@ -552,7 +553,7 @@ class Fleet:
                     box.power_off()
                     box.start()
             case "memory":
-                for part in ("agent", "warden", "gateway"):
+                for part in PROGRAMS:
                     box.end(part, again_s=RESTART_S)
             case "twin":
                 twin = Link(self, box.name, box.link.outbox.copy(), is_twin=True)

@@ -1,6 +1,5 @@
 """Shared fixtures, and the closing report of what was not run."""
 
-import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -49,9 +48,13 @@ def small_disk(tmp_path):
 
 def fill(folder) -> None:
     """Leave not one byte."""
-    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(256))
+    block = bytes(1 << 20)
+    with (folder / "filler").open("wb", buffering=0) as file:
+        while block:
+            try:
+                file.write(block)
+            except OSError:
+                block = block[: len(block) // 2 if len(block) > 256 else 0]
 
 
 def scaling(factor: float) -> onnx.ModelProto:

@@ -313,11 +313,15 @@ class Session:
         self._news.set()
 
     def _note_confirmed(self, seq: int) -> None:
-        now_s = time.monotonic()
         if seq > self._confirmed_seq:
-            self._confirmed_at, self._confirmed_seq = now_s, seq
-        elif self._sent_seq > seq and self._outbox.depth()[0] and now_s - self._again_at >= GAP_S:
-            self._sent_seq, self._again_at = 0, now_s
+            self._confirmed_at, self._confirmed_seq = time.monotonic(), seq
+        elif self._sent_seq > seq:
+            self._send_again(self._again_at + GAP_S)
+
+    def _send_again(self, due_s: float) -> None:
+        """All that is unconfirmed, if there is something and its time has come."""
+        if time.monotonic() >= due_s and self._outbox.depth()[0]:
+            self._sent_seq, self._again_at = 0, time.monotonic()
 
     async def _send_births(self, client: aiomqtt.Client, epoch: int) -> None:
         while True:
@@ -353,9 +357,7 @@ class Session:
                     await asyncio.sleep(time.monotonic() - began)
                 continue
             await lifecycle.first_of(self._news, within_s=RESEND_EVENTS_S)
-            now_s = time.monotonic()
-            if now_s - max(self._confirmed_at, self._again_at) >= RESEND_EVENTS_S and self._outbox.depth()[0]:
-                self._sent_seq, self._again_at = 0, now_s
+            self._send_again(max(self._confirmed_at, self._again_at) + RESEND_EVENTS_S)
 
     def _batch(self, events: list[Event]) -> EventBatch:
         return EventBatch(events, self._outbox.lost()[0], oldest=self._outbox.oldest_event(), nonce=self._nonce)

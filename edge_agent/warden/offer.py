@@ -5,10 +5,12 @@ A container engine comes up when it does: a warden that started before it, or wh
 
 import asyncio
 import contextlib
+import itertools
+import random
 from collections.abc import Callable, Sequence
 
 from edge_agent.warden.ports import Driver, DriverFailed
-from skerry.runtime import lifecycle, log
+from skerry.runtime import backoff, lifecycle, log
 from skerry.wire.messages import RUNGS, Rung
 
 logger = log.get("warden")
@@ -50,9 +52,12 @@ class Offer:
 
     async def run(self, stop: asyncio.Event, on_found: Callable[[], None]) -> None:
         """Try again those that do not work, ever more seldom, until all do or ``stop`` is set."""
-        pause_s, most_s = self._again_s
-        while len(self.working) < len(self._drivers) and not await lifecycle.sleep_until(stop, pause_s):
-            pause_s = min(2 * pause_s, most_s)
+        first_s, most_s = self._again_s
+        for attempt in itertools.count():
+            if len(self.working) == len(self._drivers):
+                return
+            if await lifecycle.sleep_until(stop, backoff.delay_s(attempt, random.random(), first_s=first_s, most_s=most_s)):
+                return
             if await self.look():
                 on_found()
 

@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 
 from sim.checker import BoxState, Kept
-from sim.faults import Fault
+from sim.faults import LINK, Fault
 from skerry.demo.broker import find_mosquitto
 from skerry.wire import codec
 from skerry.wire.api import Accepted, DeploymentView, NodeView, Pushed, StatusView
@@ -147,7 +147,7 @@ class Ground:
         box = next((box for box in self.boxes if box.name == fault.box), None)
         if box is None:
             await self._befall_centre(fault)
-        elif fault.kind in ("cut", "loss", "latency", "slow", "one_way"):
+        elif fault.kind in LINK:
             box.wire.weather = weather_of(fault)
             await asyncio.sleep(fault.lasts_s)
             box.wire.weather = Weather()

@@ -18,6 +18,7 @@ from pathlib import Path
 from skerry.demo.broker import find_mosquitto
 from tests.chaos.supervisor import Program
 from tests.chaos.wire import Wire, run, tap
+from tests.conftest import fill
 
 DISK_MIB = 160
 EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2
@@ -222,15 +223,7 @@ socket = "{runtime}/gateway.sock"\nroutes_file = "{runtime}/routes.json"\n""",
 
     def fill_disk(self) -> None:
         """Leave not one byte."""
-        with (self.disk / "filler").open("wb", buffering=0) as file:
-            block = bytes(1 << 20)
-            while block:
-                try:
-                    file.write(block)
-                except OSError as exc:
-                    if exc.errno != errno.ENOSPC:
-                        raise
-                    block = block[: len(block) // 2 if len(block) > 256 else 0]
+        fill(self.disk)
 
     def free_disk(self) -> None:
         """Take it back."""

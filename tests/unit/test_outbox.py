@@ -125,11 +125,10 @@ from skerry.wire.box import Entry
 outbox = Outbox(Path({str(tmp_path)!r}) / "o.db", most_bytes=2**30)
 for first in range(1, 10_000_000, 100):
     outbox.add_entries("j", [Entry(seq, 7, "kind", text=f"entry {{seq}}") for seq in range(first, first + 100)])
-    print(flush=True)
+    print("taken over", first + 99, flush=True)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as agent:
-        for _ in range(5):
-            agent.stdout.readline()
+        assert b"taken over 500\n" in iter(agent.stdout.readline, b"")  # its log stands there too
         time.sleep(0.02)
         agent.kill()
     outbox = open_outbox(most_bytes=2**30)

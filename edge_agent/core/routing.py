@@ -10,8 +10,11 @@ idle here, and no recent measurement? --yes--> Here (else a bad estimate would n
     | no
 Refuse at once, never queued to die
 
-What is passed on is run here too when it is overdue (``hedge_in_ms``). Where it fitted here when it came, that is early enough for an
-answer of this box whatever the other one does, and the time is ``kept``: the gateway counts those under way in ``LocalView.kept``.
+What is passed on is tried a second way when it is overdue (``hedge_in_ms``), at another upstream or here. Where it fitted here when it
+came, that is early enough for an answer of this box whatever the other one does, and the time is ``kept``: the gateway counts those under
+way in ``LocalView.kept``.
+
+A box that failed before is tried again by requests for which that second way is open, if it would be the better one to ask.
 """
 
 import math
@@ -111,7 +114,7 @@ class Here(msgspec.Struct, frozen=True, tag=True):
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):
-    """Pass it on to ``node``, and run it here too if its answer is not here after ``hedge_in_ms``; None: there is no use in that.
+    """Pass it on to ``node``, and try another way too if its answer is not here after ``hedge_in_ms``; None: there is no use in that.
 
     ``is_kept``: then this box still makes it. ``is_trial``: it is the one request that may find out whether the node answers again.
     """
@@ -243,7 +246,7 @@ def decide(
     idle_s = now_s - local.service.at_s if is_idle else 0.0
     if idle_s > FORGET_S:
         return Here(numbers.here_ms, "idle: measured anew", numbers)
-    if (best := _best(case.usable, trial=False) or _best(case.usable, trial=True)) is not None:
+    if (best := _asked_now(case)) is not None:
         why = "no replica is ready here" if local.slots == 0 else f"here {numbers.here_ms:.0f} ms of {remaining_ms:.0f} ms left"
         return _forward(case, best, f"{why}, at {best[0].node} {best[1]:.0f} ms")
     if idle_s >= PROBE_AFTER_S:
@@ -292,6 +295,22 @@ def _cost(one: tuple[UpstreamView, float]) -> tuple[float, bool, str]:
     return (estimate_ms * (CLOUD_PRICE if is_cloud else 1.0), is_cloud, upstream.node)
 
 
+def _asked_now(case: _Case) -> tuple[UpstreamView, float] | None:
+    """The upstream for what does not fit here: one that failed before only where nobody else makes it, or still does afterwards."""
+    best, tried = _best(case.usable, trial=False), _best(case.usable, trial=True)
+    if best is None or tried is None:
+        return best or tried
+    return tried if _cost(tried) < _cost(best) and _overdue_ms(tried[1]) + best[1] <= _time_for_two_ms(case) else best
+
+
+def _overdue_ms(estimate_ms: float) -> float:
+    return max(estimate_ms, HEDGE_LEAST_MS)
+
+
+def _time_for_two_ms(case: _Case) -> float:
+    return case.numbers.remaining_ms - HEDGE_MARGIN_MS
+
+
 def _asked_first(case: _Case) -> Forward | None:
     """An upstream that is asked although the request may fit here: where the cloud is wanted, or where a trial is due and costs nothing.
 
@@ -316,14 +335,16 @@ def _asked_first(case: _Case) -> Forward | None:
 def _forward(case: _Case, best: tuple[UpstreamView, float], reason: str) -> Forward:
     """With the hedge when the answer is overdue: earlier where this box could else not make it any more.
 
-    Where it does not fit here now, an overdue one may still fit later, if a run alone does.
+    Where it does not fit here now, an overdue one may still fit later, if a run alone does, or at another upstream.
     """
     upstream, estimate_ms = best
+    hedge_in_ms = _overdue_ms(estimate_ms)
     if case.fits_here:
-        hedge_in_ms = max(0.0, min(max(estimate_ms, HEDGE_LEAST_MS), case.spare_ms))
+        hedge_in_ms = max(0.0, min(hedge_in_ms, case.spare_ms))
         return Forward(upstream.node, estimate_ms, hedge_in_ms, reason, case.numbers, is_kept=True, is_trial=upstream.is_trial)
-    can_wait = estimate_ms + case.numbers.service_ms + HEDGE_MARGIN_MS <= case.numbers.remaining_ms
-    return Forward(upstream.node, estimate_ms, estimate_ms if can_wait else None, reason, case.numbers, is_trial=upstream.is_trial)
+    others = [other_ms for other, other_ms in case.usable if other is not upstream and not other.is_trial]
+    can_wait = hedge_in_ms + min([case.numbers.service_ms, *others]) <= _time_for_two_ms(case)
+    return Forward(upstream.node, estimate_ms, hedge_in_ms if can_wait else None, reason, case.numbers, is_trial=upstream.is_trial)
 
 
 def _why_refused(case: _Case) -> str:
@@ -366,7 +387,7 @@ def in_words(decision: Decision) -> str:
         case Here(_, reason):
             what = f"here: {reason}"
         case Forward(node, _, hedge_in_ms, reason):
-            hedge = "" if hedge_in_ms is None else f", here too after {hedge_in_ms:.0f} ms"
+            hedge = "" if hedge_in_ms is None else f", another way too after {hedge_in_ms:.0f} ms"
             what = f"to {node}{hedge}: {reason}"
         case Refuse(reason, retry_after_s):
             what = f"refused, again in {retry_after_s} s: {reason}"

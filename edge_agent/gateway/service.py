@@ -272,6 +272,8 @@ class Service:
             views = self._upstreams.views(route.upstreams, route.deployment, has_budget=has_budget, now_s=now)
             if request.tried_nodes:
                 views = [view for view in views if view.node not in request.tried_nodes]
+            if not request.arrival.request.idempotent and (served.pool.slots or not all(view.is_trial for view in views)):
+                views = [view for view in views if not view.is_trial]  # it has but one way, and somebody else may be better
         jobs = [one.job for one in tries if one.job is not None]
 
         def decided(local: LocalView) -> Decision:

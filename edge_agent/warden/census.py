@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 
 from edge_agent.warden import launch
 from edge_agent.warden.config import Config
@@ -20,25 +21,32 @@ DRIVER_POLL_S = 0.2
 LATELY_S = 1.5
 USAGE_POLL_S = 5.0
 ASK_AGAIN_S = 5.0
+SUSPECT_POLL_S, SUSPECT_FOR_S = 0.01, 0.5
+"""How often and how long the driver of a replica whose worker hung up is asked: an engine hears of it a moment later."""
 
 
 class Census:
     """Brings the roster and the warm pool up to date with what the drivers see."""
 
-    def __init__(self, config: Config, *, drivers: list[Driver], roster: Roster, warm: WarmPool, slots: Slots) -> None:
+    def __init__(
+        self, config: Config, *, drivers: list[Driver], roster: Roster, warm: WarmPool, slots: Slots, wake: Callable[[], None]
+    ) -> None:
         self._config = config
         self._drivers = drivers
         self._roster = roster
         self._warm = warm
         self._slots = slots
+        self._wake = wake
         self._kernel_log = KernelLog()
         self._orphans: dict[str, tuple[Driver, float]] = {}
         self._drivers_seen_at = self._usage_seen_at = 0.0
+        self._lines: dict[str, asyncio.Task[None]] = {}
+        self._suspects: dict[str, float] = {}
 
     @property
     def due_at(self) -> list[float]:
         """When something has to be looked at, on the monotonic clock."""
-        return [at for _, at in self._orphans.values()]
+        return [at for _, at in self._orphans.values()] + [time.monotonic() + SUSPECT_POLL_S] * bool(self._suspects)
 
     # -- at the start
 
@@ -104,14 +112,15 @@ class Census:
     async def look(self, *, is_urgent: bool = False) -> None:
         """Who ended, who is ready now, who oversteps, whose grace is over. Where it is urgent, drivers that were asked lately are not."""
         now = time.monotonic()
+        known = self._roster.known
+        self._suspects = {name: until for name, until in self._suspects.items() if now < until and name in known and known[name].exists}
+        asked = {driver.name for name in self._suspects if (driver := known[name].driver) is not None}
         if now - self._drivers_seen_at >= (LATELY_S if is_urgent else DRIVER_POLL_S):
             self._drivers_seen_at = now
-            busy = {known.driver.name for known in self._roster.known.values() if known.driver} | {
-                k.driver for k in self._warm.kinds.values()
-            }
-            for driver in self._drivers:
-                if driver.name in busy:
-                    await self._look_at(driver)
+            asked = {one.driver.name for one in known.values() if one.driver} | {kind.driver for kind in self._warm.kinds.values()}
+        for driver in self._drivers:
+            if driver.name in asked:
+                await self._look_at(driver)
         await self._remove_orphans(now)
         if now - self._usage_seen_at >= USAGE_POLL_S:
             self._usage_seen_at = now
@@ -186,11 +195,31 @@ class Census:
             self._slots.close(name)
 
     async def _ask_ready(self, name: str, known: Known, now: float) -> None:
-        hello = await launch.read_hello(self._slots.socket_dir(name))
-        if hello is not None:
+        line = await launch.connect(self._slots.socket_dir(name))
+        if line is not None:
+            self._hold(name, line)
+            hello = line.hello
             known.ready_since, known.provider, known.reason = time.monotonic(), hello.provider[:64], ""
             held = f"; {hello.confinement[:80]}" if hello.confinement else ""
             self._roster.say("replica.ready", known.spec.name, f"{hello.provider[:64]}, loaded in {hello.load_ms:.0f} ms{held}")
         elif now - known.since > self._config.start_timeout_s:
             await self._kill(name, known)
             self._roster.die(name, known, Ending(lines=[f"not ready within {self._config.start_timeout_s:.0f} s"]))
+
+    def _hold(self, name: str, line: launch.Line) -> None:
+        """When it ends, the sandbox is looked at at once."""
+
+        def suspect(_: object) -> None:
+            self._lines.pop(name, None)
+            self._suspects[name] = time.monotonic() + SUSPECT_FOR_S
+            self._wake()
+
+        self._lines[name] = task = asyncio.create_task(line.ended(), name="warden.line")
+        task.add_done_callback(suspect)
+
+    async def close(self) -> None:
+        """Hang up."""
+        lines = list(self._lines.values())
+        for line in lines:
+            line.cancel()
+        await asyncio.gather(*lines, return_exceptions=True)

@@ -1,6 +1,7 @@
 """From what a replica asks for to a sandbox's policy, and the first words with the worker in it."""
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -88,8 +89,29 @@ async def tell(socket_dir: Path, model: ModelRef) -> None:
             writer.close()
 
 
-async def read_hello(socket_dir: Path) -> ipc.Hello | None:
-    """What the worker serves, or None while there is none that answers."""
+class Line:
+    """A connection to a worker, held so that its end tells at once of the worker's."""
+
+    def __init__(self, hello: ipc.Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.hello = hello
+        self._reader = reader
+        self._writer = writer
+
+    async def ended(self) -> None:
+        """Until it ends. A worker has nothing to say unasked: one that does counts as ended too."""
+        try:
+            with contextlib.suppress(OSError):
+                await self._reader.read(1)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._writer.close()
+
+
+async def connect(socket_dir: Path) -> Line | None:
+    """A connection whose worker said what it serves, or None while there is none that answers."""
     try:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
             with unix_socket.pinned(socket_dir / SOCKET_NAME) as socket:
@@ -97,11 +119,15 @@ async def read_hello(socket_dir: Path) -> ipc.Hello | None:
             try:
                 header_bytes, body_bytes = ipc.parse_prefix(await reader.readexactly(ipc.PREFIX.size))
                 header = await reader.readexactly(header_bytes)
-                return ipc.parse_header(header, ipc.Hello) if body_bytes == 0 else None
-            finally:
+                if body_bytes == 0:
+                    return Line(ipc.parse_header(header, ipc.Hello), reader, writer)
+            except BaseException:
                 writer.close()
+                raise
+            writer.close()
     except (OSError, TimeoutError, asyncio.IncompleteReadError, codec.Malformed):
-        return None
+        pass
+    return None
 
 
 def new_name(prefix: str) -> str:

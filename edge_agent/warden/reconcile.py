@@ -75,14 +75,14 @@ class Reconciler:
         self._unvouched = unvouched(desired)
         self.refused = ""
         self._refused_at = -math.inf
+        self._wake = asyncio.Event()
         self._roster = Roster(config, slots, journal)
         self._known = self._roster.known
         self._say = self._roster.say
         self._warm = WarmPool(config, slots, journal)
-        self._census = Census(config, drivers=drivers, roster=self._roster, warm=self._warm, slots=slots)
+        self._census = Census(config, drivers=drivers, roster=self._roster, warm=self._warm, slots=slots, wake=self.wake)
         self._waiting: dict[str, str] = {}
         self._not_fetched: dict[str, str] = {}
-        self._wake = asyncio.Event()
         self._state: State | None = None
         self._routes: RouteTable | None = None
         self.on_change: Callable[[State], None] = lambda _: None
@@ -183,6 +183,7 @@ class Reconciler:
             self.looked_at = time.monotonic()
             if not moved:
                 await self._rest(stop)
+        await self._census.close()
         await self._warm.close()
 
     async def _rest(self, stop: asyncio.Event) -> None:
@@ -193,15 +194,12 @@ class Reconciler:
         if starting:
             await self._until_one_listens(starting, stop)
             return
-        if warms:
-            pause_s = DRIVER_POLL_S
-        else:
-            now = time.monotonic()
-            times = [k.retry_at if k.phase == "dead" else k.drained_at for k in self._known.values() if k.phase in ("dead", "draining")]
-            times += self._census.due_at
-            pause_s = max(0.01, min([STEADY_POLL_S, *(t - now for t in times)]))
-            if not self._known and not times and not self._warm.kinds and not (self.desired and self.desired.replicas):
-                pause_s = IDLE_POLL_S  # an idle box has nothing to look at
+        now = time.monotonic()
+        times = [k.retry_at if k.phase == "dead" else k.drained_at for k in self._known.values() if k.phase in ("dead", "draining")]
+        times += self._census.due_at
+        pause_s = max(0.01, min([DRIVER_POLL_S if warms else STEADY_POLL_S, *(t - now for t in times)]))
+        if not self._known and not times and not self._warm.kinds and not (self.desired and self.desired.replicas):
+            pause_s = IDLE_POLL_S  # an idle box has nothing to look at
         await lifecycle.first_of(self._wake, stop, within_s=pause_s)
 
     async def _until_one_listens(self, starting: list[str], stop: asyncio.Event) -> None:
@@ -232,9 +230,12 @@ class Reconciler:
         takes = {spec.name: self._warm.takes(spec, driver) for spec in want.values() if (driver := self._driver_for(spec)) is not None}
         plan = diff.next_steps(want, self._roster.seen(), warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
         self._waiting = plan.waiting
+        is_quiet = all(
+            isinstance(step, diff.Fetch) or (isinstance(step, diff.Remove) and self._known[step.sandbox].phase == "dead") for step in plan.steps
+        )
         results = await asyncio.gather(*(self._run(step, now) for step in plan.steps))
-        if any(results) and all(isinstance(step, diff.Fetch) for step in plan.steps):
-            await self._converge()  # to find a model in the store takes no time, and to tell of it would
+        if any(results) and is_quiet:
+            await self._converge()  # to find a model in the store, or to be rid of what ended, is not worth telling before what follows
         return any(results)
 
     def _look_at_link(self, desired: Desired) -> None:

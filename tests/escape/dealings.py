@@ -13,7 +13,7 @@ from coordinator.model_store import ModelStore
 from edge_agent.core.queueing import Place
 from edge_agent.gateway import calls
 from edge_agent.gateway.connection import HELLO_TIMEOUT_S, ReplicaLost, WorkerConnection
-from edge_agent.warden.launch import read_hello
+from edge_agent.warden import launch
 from edge_agent.warden.store import Store, StoreFailed
 from skerry.wire import codec, ipc, oip
 from skerry.wire.messages import ModelRef
@@ -134,12 +134,20 @@ async def _not_followed(stage: Stage, name: str, refused: dict[str, str]) -> Ver
     if await _visits(stage) == before:
         raise Broken("what the link points at can't be reached even by who follows it")
     followed = []
-    for program, ask in (("gateway", _deal), ("warden", lambda path: read_hello(path.parent))):
+    for program, ask in (("gateway", _deal), ("warden", lambda path: _answers(path.parent))):
         before = await _visits(stage)
         await ask(path)
         if await _visits(stage) > before:
             followed.append(program)
     return Verdict(not followed, f"followed by the {' and the '.join(followed)}" if followed else "neither follows it")
+
+
+async def _answers(folder: Path) -> bool:
+    """The warden's first look at a worker."""
+    line = await launch.connect(folder)
+    if line is not None:
+        line.close()
+    return line is not None
 
 
 async def _visits(stage: Stage) -> int:
@@ -155,7 +163,7 @@ async def _no_socket(stage: Stage, refused: dict[str, str]) -> Verdict:
             continue
         path = stage.socket_dir("hostile") / name / "worker.sock"
         how = await asyncio.wait_for(_deal(path), 5)
-        if not how or await asyncio.wait_for(read_hello(path.parent), 5) is not None:
+        if not how or await asyncio.wait_for(_answers(path.parent), 5):
             return Verdict(False, f"a {name} was taken for a socket")
         reasons.append(how)
     return Verdict(True, "; ".join(dict.fromkeys(reasons)))
@@ -164,7 +172,7 @@ async def _no_socket(stage: Stage, refused: dict[str, str]) -> Verdict:
 async def _stalling(stage: Stage) -> Verdict:
     folder = stage.socket_dir("hostile")
     began = time.monotonic()
-    await asyncio.gather(*(read_hello(folder / name) for name in hostile.WAYS))
+    await asyncio.gather(*(_answers(folder / name) for name in hostile.WAYS))
     took_s = time.monotonic() - began
     return Verdict(took_s < WARDEN_S, "all asked at once, each within its time" if took_s < WARDEN_S else f"{took_s:.0f} s")
 

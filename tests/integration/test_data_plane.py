@@ -318,6 +318,34 @@ def test_a_cloud_that_hangs_costs_no_request_and_is_left_alone_until_it_answers_
     run(scene())
 
 
+def test_a_neighbour_that_hangs_costs_no_request_of_a_box_without_a_replica_and_is_asked_again_when_it_answers(tmp_path):
+    async def scene():
+        async with fleet(tmp_path) as (here, cloud, session), Box("edge-2", "edge", tmp_path) as neighbour:
+            await neighbour.serve()
+            upstreams = [Upstream("edge-2", neighbour.url, "edge"), Upstream("cloud-1", cloud.url, "cloud")]
+            here.service.update(RouteTable(1, [Route("echo", "echo", 1, 1000, upstreams=upstreams)]))
+            cloud.worker.delay_s = 0.02
+
+            async def ask():
+                x = [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]
+                body = {"inputs": x, "parameters": {"timeout": 900_000}}
+                async with session.post(f"{here.url}/v2/models/echo/infer", json=body) as response:
+                    return response.status, response.headers.get("Skerry-Node"), response.headers.get("Skerry-Reason")
+
+            first = [await ask() for _ in range(10)]
+            assert [node for _, node, _ in first].count("edge-2") >= 6, first  # others were overdue on a busy machine
+            neighbour.worker.delay_s = 3.0
+            answers = [await ask() for _ in range(12)]
+            assert [(status, node) for status, node, _ in answers] == [(200, "cloud-1")] * 12
+            neighbour.worker.delay_s = 0.0
+            async with asyncio.timeout(25):
+                while (answer := await ask())[1] != "edge-2":
+                    assert answer[0] == 200, answer
+                    await asyncio.sleep(0.1)
+
+    run(scene())
+
+
 def test_the_cloud_budget_is_never_exceeded_by_several_processes_nor_by_starting_again(tmp_path):
     async def scene():
         file, budget = tmp_path / "budget.json", CloudBudget(requests_per_hour=50)

@@ -1,6 +1,7 @@
 """A request is never queued to die, never sent where it must not go, and a bad estimate does not shut a box for ever."""
 
 import math
+from itertools import permutations
 
 import msgspec
 from hypothesis import given, settings
@@ -38,7 +39,7 @@ def links(draw):
 def locals_(draw):
     ahead = draw(st.integers(0, 5))
     return LocalView(
-        slots=draw(st.sampled_from([0, 1, 1, 2, 3])),
+        slots=draw(st.sampled_from([0, 0, 1, 1, 2, 3])),
         running=draw(st.integers(0, 4)),
         waiting=draw(st.integers(ahead, 6)),
         queue_limit=draw(st.sampled_from([0, 3, 9, 9, 9])),
@@ -51,22 +52,19 @@ def locals_(draw):
     )
 
 
-upstreams_ = st.lists(
-    st.builds(
-        UpstreamView,
-        node=st.sampled_from("uvw"),
-        tier=st.sampled_from(["cloud", "edge"]),
-        link=links(),
-        service=estimates(),
-        is_open=st.sampled_from([False, False, False, True]),
-        is_trial=st.sampled_from([False, False, True]),
-        running=st.integers(0, 2),
-        limit=st.sampled_from([1, 3, 9]),
-        has_budget=st.sampled_from([True, True, False]),
-    ),
-    max_size=3,
-    unique_by=lambda upstream: upstream.node,
+upstream = st.builds(
+    UpstreamView,
+    node=st.sampled_from("uvw"),
+    tier=st.sampled_from(["cloud", "edge"]),
+    link=links(),
+    service=estimates(),
+    is_open=st.sampled_from([False, False, False, True]),
+    is_trial=st.sampled_from([False, False, True]),
+    running=st.integers(0, 2),
+    limit=st.sampled_from([1, 3, 9]),
+    has_budget=st.sampled_from([True, True, False]),
 )
+upstreams_ = st.lists(upstream, max_size=3, unique_by=lambda upstream: upstream.node)
 SLACK = 1.001
 """How far the code may be more careful than the plain sum below before it turns away what it could do."""
 
@@ -124,7 +122,7 @@ def must_make_it(upstream: UpstreamView, request) -> bool:
 
 @st.composite
 def requests_(draw):
-    """The time that is left is often near what it takes here, there, or first there and then here."""
+    """The time that is left is often near what it takes here, there, or first there and then here or at another."""
     request = {
         "split": draw(st.sampled_from(["edge", "cloud", "cloud", "overflow", "overflow"])),
         "local": draw(locals_()),
@@ -135,12 +133,29 @@ def requests_(draw):
     }
     here_ms = here_takes_ms(request["local"]) if request["local"].slots else 0.0
     there_ms = [there_takes_ms(upstream, request) for upstream in request["upstreams"]]
-    near_ms = draw(st.sampled_from([here_ms, *there_ms, *(here_ms + each_ms for each_ms in there_ms)]))
+    in_turn_ms = [max(10.0, first_ms) + second_ms for first_ms, second_ms in permutations(there_ms, 2)]
+    near_ms = draw(st.sampled_from([here_ms, *there_ms, *(here_ms + each_ms for each_ms in there_ms), *in_turn_ms, *in_turn_ms]))
     remaining_ms = st.one_of(
         st.one_of(st.integers(0, 200).map(float), st.floats(-1000, 20_000)),
         *[st.one_of(st.floats(-5, 20), st.floats(0, 100)).map(lambda off_ms: near_ms + off_ms)] * 4,
     )
     return {**request, "remaining_ms": draw(remaining_ms)}
+
+
+@st.composite
+def two_ways_(draw):
+    """No replica here, and an upstream that failed before beside one that did not."""
+    request = draw(requests_())
+    tried, other = draw(st.permutations([*request["upstreams"], *draw(st.lists(upstream, min_size=2, max_size=2))]))[:2]
+    pair = [msgspec.structs.replace(tried, node="t", is_trial=True), msgspec.structs.replace(other, node="o", is_trial=False)]
+    first_ms, second_ms = (there_takes_ms(one, request) for one in pair)
+    remaining_ms = draw(st.floats(-20, 20)) + draw(st.sampled_from([first_ms, second_ms, max(10.0, first_ms) + second_ms]))
+    return {
+        **request,
+        "local": msgspec.structs.replace(request["local"], slots=0, running=0),
+        "upstreams": pair,
+        "remaining_ms": remaining_ms,
+    }
 
 
 requests = requests_()
@@ -152,6 +167,13 @@ def has_room(local: LocalView) -> bool:
 
 def taken_of(decision: Forward, request) -> UpstreamView:
     return next(upstream for upstream in request["upstreams"] if upstream.node == decision.node)
+
+
+def second_way_ms(decision: Forward, request) -> float:
+    """What the fastest other way takes: this box with nobody before the request, or an upstream that did not fail before."""
+    taken, alone = taken_of(decision, request), msgspec.structs.replace(request["local"], running=0, ahead=0, kept=0)
+    others = [one for one in request["upstreams"] if one is not taken and not one.is_trial and may_make_it(one, request)]
+    return min([here_takes_ms(alone), *(there_takes_ms(one, request) for one in others)])
 
 
 @given(requests)
@@ -188,13 +210,17 @@ def test_a_request_is_passed_on_only_to_whom_may_have_it_and_can_make_it(request
                 assert there_takes_ms(taken, request) <= there_takes_ms(other, request) * SLACK / 1.1 + 1e-6, "a neighbour would have done"
 
 
-@given(requests)
-@settings(max_examples=500, deadline=None)
-def test_a_trial_is_for_a_request_that_this_box_still_makes_or_that_nobody_else_would(request):
+@given(st.one_of(requests, two_ways_()))
+@settings(max_examples=800, deadline=None)
+def test_a_trial_is_for_a_request_that_others_still_make_afterwards_or_that_nobody_else_would(request):
     decision = decide(**request, now_s=NOW_S)
     if isinstance(decision, Forward) and decision.is_trial:
         others = [upstream for upstream in request["upstreams"] if not upstream.is_trial and must_make_it(upstream, request)]
-        assert decision.is_kept or not others
+        is_followed = (
+            decision.hedge_in_ms is not None
+            and decision.hedge_in_ms + second_way_ms(decision, request) + 2.0 <= request["remaining_ms"] * SLACK
+        )
+        assert decision.is_kept or not others or is_followed
 
 
 @given(requests)
@@ -211,7 +237,7 @@ def test_the_edge_answer_stays_possible_whatever_the_other_box_does(request):
         assert decision.hedge_in_ms is not None
         assert decision.hedge_in_ms + here_takes_ms(local) <= request["remaining_ms"] * SLACK + 1e-6
     if decision.hedge_in_ms is not None:
-        due_ms = there_takes_ms(taken_of(decision, request), request)
+        due_ms = max(10.0, there_takes_ms(taken_of(decision, request), request))
         assert 0 <= decision.hedge_in_ms <= due_ms * SLACK + 1e-6, "an overdue answer is not waited for"
         latest_ms = request["remaining_ms"] - here_takes_ms(local) - 2.0
         assert decision.hedge_in_ms >= min(due_ms, latest_ms) / SLACK - 1e-2, "not before it is overdue or must be"
@@ -314,13 +340,16 @@ def test_where_the_cloud_is_asked_first_a_neighbour_still_comes_after_this_box(r
         assert not has_room(local) or here_takes_ms(local) * SLACK > request["remaining_ms"] - 1e-6 or decision.is_trial
 
 
-@given(requests)
-@settings(max_examples=300, deadline=None)
-def test_where_a_run_would_come_too_late_after_an_overdue_answer_there_is_no_hedge(request):
+@given(st.one_of(requests, two_ways_()))
+@settings(max_examples=800, deadline=None)
+def test_where_a_second_way_would_take_too_long_after_an_overdue_answer_there_is_no_hedge_and_else_there_is(request):
     decision = decide(**request, now_s=NOW_S)
-    if isinstance(decision, Forward) and not decision.is_kept and decision.hedge_in_ms is not None:
-        own_ms = here_takes_ms(msgspec.structs.replace(request["local"], running=0, ahead=0, kept=0))
-        assert decision.hedge_in_ms + own_ms + 2.0 <= request["remaining_ms"] * SLACK + 1e-6
+    if isinstance(decision, Forward) and not decision.is_kept:
+        due_ms, second_ms = max(10.0, there_takes_ms(taken_of(decision, request), request)), second_way_ms(decision, request)
+        if decision.hedge_in_ms is not None:
+            assert decision.hedge_in_ms + second_ms + 2.0 <= request["remaining_ms"] * SLACK + 1e-6
+        else:
+            assert (due_ms + second_ms) * SLACK + 2.0 > request["remaining_ms"] - 1e-6
 
 
 def a_decision(**changes):

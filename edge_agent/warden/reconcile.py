@@ -230,9 +230,8 @@ class Reconciler:
         takes = {spec.name: self._warm.takes(spec, driver) for spec in want.values() if (driver := self._driver_for(spec)) is not None}
         plan = diff.next_steps(want, self._roster.seen(), warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
         self._waiting = plan.waiting
-        is_quiet = all(
-            isinstance(step, diff.Fetch) or (isinstance(step, diff.Remove) and self._known[step.sandbox].phase == "dead") for step in plan.steps
-        )
+        ended = {name for name, known in self._known.items() if known.phase == "dead"}
+        is_quiet = all(isinstance(step, diff.Fetch) or (isinstance(step, diff.Remove) and step.sandbox in ended) for step in plan.steps)
         results = await asyncio.gather(*(self._run(step, now) for step in plan.steps))
         if any(results) and is_quiet:
             await self._converge()  # to find a model in the store, or to be rid of what ended, is not worth telling before what follows

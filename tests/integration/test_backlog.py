@@ -1,6 +1,9 @@
 """What an agent keeps for a link that is cut for longer than anybody would notice late, and what it says when the link is back."""
 
 import asyncio
+import contextlib
+import socket
+import time
 from pathlib import Path
 
 import aiomqtt
@@ -53,6 +56,10 @@ def port(tmp_path) -> int:
     port = free_ports(1)[0]
     (tmp_path / "m.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
     program = Program(tmp_path / "m.log", find_mosquitto() or "", "-c", tmp_path / "m.conf")
+    for _ in range(200):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+            break
+        time.sleep(0.05)
     yield port
     program.end()
 
@@ -65,10 +72,12 @@ class Coordinator:
         self.events: list[tuple[str, int, str, str]] = []
         self.samples: list[Sample] = []
         self.spent_after: int | None = None
+        self.is_listening = asyncio.Event()
 
     async def run(self) -> None:
         async with mqtt.connected(Broker("127.0.0.1", self.port), "coordinator", last_will=None, queue=1000) as client:
             await client.subscribe(f"skerry/v1/f/{NODE}/#", qos=1)
+            self.is_listening.set()
             async for message in client.messages:
                 branch = str(message.topic).split("/", 4)[-1]
                 if branch == "metrics":
@@ -87,7 +96,7 @@ class Coordinator:
 async def conversing(outbox: Outbox, coordinator: Coordinator, until) -> None:
     stop = asyncio.Event()
     hearing = asyncio.create_task(coordinator.run())
-    await asyncio.sleep(0.3)
+    await asyncio.wait_for(coordinator.is_listening.wait(), 10)
     running = asyncio.create_task(session_of(outbox, coordinator.port).run(stop))
     try:
         async with asyncio.timeout(30):
@@ -176,7 +185,7 @@ def test_what_went_to_nobody_is_sent_again_although_news_go_on_and_are_acknowled
     async def scene() -> None:
         stop, session = asyncio.Event(), session_of(outbox, port)
         hearing = asyncio.create_task(coordinator.run())
-        await asyncio.sleep(0.3)
+        await asyncio.wait_for(coordinator.is_listening.wait(), 10)
         running = asyncio.create_task(session.run(stop))
         async with asyncio.timeout(8):  # news come all the time: to wait for silence would be to wait for ever
             while not coordinator.missed or not coordinator.missed <= {seq for _, seq, _, _ in coordinator.events}:

@@ -16,6 +16,7 @@ On disk, under ``run_dir/<name>/``: ``status`` (bubblewrap's own report: the pid
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import resource
@@ -41,6 +42,8 @@ START_TIMEOUT_S = 10.0
 START_POLL_S = 0.001
 MOST_COUNTED = 4096
 REPORT_WITHIN_S = 10.0
+TELLS_WITHIN_S = 0.3
+"""Bubblewrap writes the exit status a moment after the sandbox's init is gone; that long it counts as running."""
 ENDED_LOG_MAX_BYTES = 1024 * 1024
 ADDRESS_SPACE_SLACK_BYTES = 2 * 1024**3
 """Address space that an interpreter with ONNX Runtime reserves and never touches; RLIMIT_AS counts it all the same."""
@@ -126,6 +129,8 @@ class BubblewrapDriver:
         self._run_dir = run_dir
         self._bwrap = bubblewrap_command.find_bwrap()
         self._is_root = os.geteuid() == 0
+        self._alive_at: dict[str, float] = {}
+        """Infinite for those that ran when last looked at, else when they were first seen gone."""
         self._groups = cgroup.find(owner or hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12])
         self.limits = self._groups.kind if self._groups else "rlimits"
 
@@ -272,13 +277,18 @@ class BubblewrapDriver:
         """See Driver."""
         found = []
         names = {folder.name for folder in self._run_dir.iterdir()} if self._run_dir.is_dir() else set()
+        self._alive_at = {name: at for name, at in self._alive_at.items() if name in names}
         for name in sorted(names):
-            handle = self._handle(name)
+            handle, now = self._handle(name), time.monotonic()
             if handle is not None and self._stat_of(handle) is not None:
                 ProcessLog(self._run_dir / name / "log").trim(handle.log_max_bytes)
+                self._alive_at[name] = math.inf
                 found.append(Sandbox(name))
-            else:
-                found.append(Sandbox(name, self._ending(name, was_cut_off=handle is None)))
+                continue
+            gone_at = self._alive_at[name] = min(self._alive_at.get(name, -math.inf), now)
+            ending = self._ending(name, was_cut_off=handle is None)
+            is_told = ending.exit_code is not None or now - gone_at > TELLS_WITHIN_S
+            found.append(Sandbox(name, ending if is_told else None))
         for name in (self._groups.names() if self._groups is not None else set()) - names:
             self._groups.remove(name)  # type: ignore[union-attr]  # left by one that was still ending
         return found

@@ -37,16 +37,27 @@ class ServerFailed(RuntimeError):
 
 
 class Ground(Fleet):
-    """A fleet of the demo's first ``boxes`` boxes, with none: a broker and a coordinator. ``name`` is the fleet's."""
+    """A fleet of the demo's first ``boxes`` boxes, with none: a broker and a coordinator. ``name`` is the fleet's.
+
+    ``edit`` gets each file of settings, by its path and text, and gives the text that is written.
+    """
 
     def __init__(
-        self, folder: Path, *, boxes: int = 0, drivers: list[str] | None = None, docker_socket: str = "", keep_pace: bool = False
+        self,
+        folder: Path,
+        *,
+        boxes: int = 0,
+        drivers: list[str] | None = None,
+        docker_socket: str = "",
+        keep_pace: bool = False,
+        edit: Callable[[Path, str], str] = lambda _, text: text,
     ) -> None:
         super().__init__(folder, drivers=drivers)
         self.name = f"ground-{secrets.token_hex(4)}"
         self._boxes = boxes
         self._docker_socket = docker_socket
         self._keep_pace = keep_pace
+        self._edit = edit
 
     def prepare(self) -> None:
         """See Fleet."""
@@ -60,7 +71,7 @@ class Ground(Fleet):
             text = path.read_text().replace(f'fleet = "{FLEET}"\n', f'fleet = "{self.name}"\n')
             if self._docker_socket:
                 text = DOCKER_SOCKET.sub(f'docker_socket = "{self._docker_socket}"\n', text)
-            path.write_text(text if self._keep_pace else PACE.sub("", text))
+            path.write_text(self._edit(path, text if self._keep_pace else PACE.sub("", text)))
 
     async def call(
         self, session: aiohttp.ClientSession, method: str, path: str, kind: type[T], *, body: bytes | None = None, query: str = ""
@@ -77,12 +88,10 @@ class Ground(Fleet):
 
 
 @contextlib.asynccontextmanager
-async def standing(
-    *, boxes: int = 0, drivers: list[str] | None = None, docker_socket: str = "", keep_pace: bool = False
-) -> AsyncIterator[Ground]:
-    """A ground that is up, in a directory of its own below /tmp; whatever happens, nothing of it is left."""
+async def standing(**how: Any) -> AsyncIterator[Ground]:
+    """A ground that is up, as ``Ground`` takes it, in a directory of its own below /tmp; whatever happens, nothing of it is left."""
     folder = Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp"))
-    ground = Ground(folder, boxes=boxes, drivers=drivers, docker_socket=docker_socket, keep_pace=keep_pace)
+    ground = Ground(folder, **how)
     try:
         ground.prepare()
         await ground.start()

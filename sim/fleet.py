@@ -19,7 +19,7 @@ from coordinator.core.liveness import Contact, Ear, counts_again_at_ms
 from coordinator.core.planner import BoxPlan, Node, Wanted, is_doubled, plan
 from coordinator.registry import events
 from coordinator.registry.migrations import migrate
-from edge_agent.core import diff
+from edge_agent.core import diff, predecessor
 from edge_agent.core.admission import Limits
 from edge_agent.core.diff import Seen
 from sim.checker import BoxState, Kept, Request
@@ -33,7 +33,7 @@ RESTART_S = 0.5
 WATCHDOG_S = 10.0
 START_S = (0.1, 0.6)
 DRAIN_S = 0.5
-FETCH_S = 0.2
+FETCH_S = 4.0
 GATHER_S = 0.02
 RESEND_S = 2.0
 HOP_S = 0.005
@@ -204,13 +204,14 @@ class Link:
 
 
 class Box:
-    """One box: its disk (``told``, ``generation``), what runs on it, its link."""
+    """One box: its disk (``told``, ``generation``, ``models``, ``served``), what runs on it, its link."""
 
     def __init__(self, fleet: "Fleet", name: str, tier: str) -> None:
         self.fleet, self.name, self.tier = fleet, name, tier
         self.told: list[ReplicaSpec] = []
         self.generation = 0
         self.models: set[str] = set()
+        self.served: dict[str, ReplicaSpec] = {}
         self.seen: dict[str, Seen] = {}
         self.runs = {"warden": False, "gateway": False}
         self.boot = 0
@@ -298,25 +299,29 @@ class Box:
         if not self.runs["warden"]:
             return
         now_s = self.fleet.clock.now_s
-        for spec in self.told:
-            missing = not any(one.spec == spec for one in self.seen.values())
-            if missing and spec.model.sha256 in self.models:
-                self.seen[f"{spec.name}-{next(self._sandboxes)}"] = Seen(spec, "fetched")
-        found = diff.next_steps(
-            {spec.name: spec for spec in self.told}, self.seen, warm={}, limits=Limits(MEMORY_BYTES, {}), now=now_s
-        ).steps
-        for step in found:
-            self._do(step)
-        if found:
+        told = {spec.name: spec for spec in self.told}
+        self.served = {name: spec for name, spec in self.served.items() if name in told}
+        aim = predecessor.aim(told, self.seen, served=self.served, here=self.models)
+        found = diff.next_steps(aim.want, aim.seen, warm={}, limits=Limits(MEMORY_BYTES, {}), now=now_s).steps
+        moved = [self._do(step) for step in found]
+        if any(moved):
             self.wake()
+        self._ask_for({spec.model.sha256 for spec in self.told} - self.models)
         self.report()
 
-    def _do(self, step: diff.Step) -> None:
+    def _ask_for(self, missing: set[str]) -> None:
+        """Models come over the link, one look after the other."""
+        if missing:
+            if self.link.is_open and not self.is_full:
+                self.fleet.clock.after(FETCH_S, lambda: self.models.update(missing))
+            self.fleet.clock.after(FETCH_S + 0.5, self.wake)
+
+    def _do(self, step: diff.Step) -> bool:
         match step:
             case diff.Fetch(spec):
-                if self.link.is_open and not self.is_full:
-                    self.fleet.clock.after(FETCH_S, lambda: self.models.add(spec.model.sha256))
-                self.fleet.clock.after(FETCH_S + 0.5, self.wake)
+                if spec.model.sha256 not in self.models:
+                    return False
+                self.seen[f"{spec.name}-{next(self._sandboxes)}"] = Seen(spec, "fetched")
             case diff.Start(spec):
                 self._start(spec)
             case diff.Drain(sandbox):
@@ -329,6 +334,7 @@ class Box:
                 self.say("replica.removed", self.seen.pop(sandbox).spec.name)
             case _:
                 raise AssertionError(step)
+        return True
 
     def _start(self, spec: ReplicaSpec) -> None:
         sandbox = next(name for name, one in self.seen.items() if one.spec == spec and one.phase == "fetched")
@@ -340,6 +346,8 @@ class Box:
         one = self.seen.get(sandbox)
         if one is not None and one.phase == "running" and not one.is_ready:
             self.seen[sandbox] = msgspec.structs.replace(one, is_ready=True)
+            if one.spec in self.told:
+                self.served[one.spec.name] = one.spec
             self.say("replica.ready", one.spec.name)
             self.wake()
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, assert_never
 
-from edge_agent.core import cut_off, diff
+from edge_agent.core import cut_off, diff, predecessor
 from edge_agent.core.admission import Limits, free
 from edge_agent.core.report import Withheld, models_wanted, report_of, routes_of
 from edge_agent.warden import launch
@@ -21,6 +21,7 @@ from edge_agent.warden.config import Config
 from edge_agent.warden.journal import Journal
 from edge_agent.warden.ports import SOCKET_NAME, Driver, DriverFailed, Ending
 from edge_agent.warden.roster import Known, Roster
+from edge_agent.warden.served import Served
 from edge_agent.warden.shelf import Shelf
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
@@ -73,6 +74,8 @@ class Reconciler:
         self.desired = desired
         self._judge_models = unvouched
         self._unvouched = unvouched(desired)
+        self._served = Served(config.state_dir / "served.json")
+        self._distrusted = set(unvouched(self._served.as_document(desired))) if desired else set()
         self.refused = ""
         self._refused_at = -math.inf
         self._wake = asyncio.Event()
@@ -177,6 +180,7 @@ class Reconciler:
             self._wake.clear()
             await self._census.look(is_urgent=is_news)  # what it does not see now it sees once the news are acted on
             moved = await self._converge()
+            self._note_served()
             self._publish()
             await self._tend_disk()
             self._journal.flush()
@@ -225,10 +229,12 @@ class Reconciler:
         now = time.monotonic()
         self._look_at_link(self.desired)
         want = {spec.name: spec for spec in self.desired.replicas if self._may_stay(spec) and spec.name not in self._stopped}
-        self._roster.take_over(want)
+        served = {name: spec for name, spec in self._served.specs.items() if name not in self._distrusted}
+        aim = predecessor.aim(want, self._roster.seen(), served=served, here=self._store.models(), barred=self._unvouched)
+        self._roster.take_over(aim.want)
         self._warm.notice()  # only now: one that came to wait while nothing happened is taken too
-        takes = {spec.name: self._warm.takes(spec, driver) for spec in want.values() if (driver := self._driver_for(spec)) is not None}
-        plan = diff.next_steps(want, self._roster.seen(), warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
+        takes = {spec.name: self._warm.takes(spec, driver) for spec in aim.want.values() if (driver := self._driver_for(spec)) is not None}
+        plan = diff.next_steps(aim.want, aim.seen, warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
         self._waiting = plan.waiting
         ended = {name for name, known in self._known.items() if known.phase == "dead"}
         is_quiet = all(isinstance(step, diff.Fetch) or (isinstance(step, diff.Remove) and step.sandbox in ended) for step in plan.steps)
@@ -236,6 +242,15 @@ class Reconciler:
         if any(results) and is_quiet:
             await self._converge()  # to find a model in the store, or to be rid of what ended, is not worth telling before what follows
         return any(results)
+
+    def _note_served(self) -> None:
+        """What answers as it is wanted is what this box falls back on."""
+        if self.desired is None:
+            return
+        now, wanted = time.monotonic(), self.desired.replicas
+        ready = [known for known in self._known.values() if known.phase == "running" and known.ready and known.spec in wanted]
+        self._served.note([(known.spec, now - known.ready_since) for known in ready], self.desired)
+        self._distrusted -= {known.spec.name for known in ready}
 
     def _look_at_link(self, desired: Desired) -> None:
         """What is stopped for want of a link, said once."""
@@ -250,7 +265,7 @@ class Reconciler:
         if self.shelf is None or not self.shelf.is_due(TEND_SOON_S if needs else TEND_EVERY_S):
             return
         in_use = {known.spec.model.sha256 for known in self._known.values()}
-        in_use |= {spec.model.sha256 for spec in (self.desired.replicas if self.desired else [])}
+        in_use |= {spec.model.sha256 for spec in [*self._served.specs.values(), *(self.desired.replicas if self.desired else [])]}
         for model in await asyncio.to_thread(self.shelf.tend, in_use, 2 * sum(model.size_bytes for model in needs)):
             self._say("model.evicted", model.sha256, f"{model.size_bytes} bytes, not deployed here any more")
 
@@ -271,7 +286,8 @@ class Reconciler:
 
     async def _fetch(self, spec: ReplicaSpec) -> bool:
         """Whether the model is here; the agent is told of what is not by the state's ``needs``."""
-        if spec.name in self._unvouched or spec.model.sha256 not in self._store.models():
+        is_barred = spec.name in self._unvouched and self.desired is not None and spec in self.desired.replicas
+        if is_barred or spec.model.sha256 not in self._store.models():
             return False
         self._not_fetched.pop(spec.model.sha256, None)
         self._known[launch.new_name(spec.name)] = Known(spec, "fetched")

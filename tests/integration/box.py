@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
@@ -23,7 +24,7 @@ from edge_agent.warden.drivers.fake import FakeDriver, FakeSandbox, FakeWorld
 from edge_agent.warden.journal import Journal
 from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
-from edge_agent.warden.slots import Slots
+from edge_agent.warden.slots import Slot, Slots
 from edge_agent.warden.store import Store
 from edge_agent.warden.verify import unvouched
 from skerry.wire import codec, ipc
@@ -117,6 +118,14 @@ class Box:
                         await driver.stop(sandbox.name, grace_s=0)
 
         asyncio.run(whole())
+
+    def lose_power(self) -> None:
+        """While no warden runs: every fake sandbox ended, in what is an earlier boot when the next warden starts."""
+        for name in self.world.sandboxes:
+            self.world.kill(name, "the power went away")
+        for path in self.config.state_dir.glob("sandboxes/*/slot.json"):
+            slot = codec.decode(path.read_bytes(), Slot)
+            path.write_bytes(codec.encode(msgspec.structs.replace(slot, boot_id="an earlier one")))
 
     # -- what is wanted
 

@@ -8,8 +8,7 @@ import msgspec
 import pytest
 
 from edge_agent.warden.drivers.fake import OUT_OF_MEMORY, FakeDriver
-from edge_agent.warden.slots import RUN_MAX_ENTRIES, Slot
-from skerry.wire import codec
+from edge_agent.warden.slots import RUN_MAX_ENTRIES
 from skerry.wire.messages import WarmupTensor
 from tests.conftest import need
 from tests.integration.box import MIB, Box, bubblewrap, groups_of, scaling_file
@@ -236,13 +235,6 @@ def test_one_that_is_never_ready_is_ended_when_its_time_is_over(folder):
 # -- a reboot
 
 
-def move_to_an_earlier_boot(box: Box) -> None:
-    """What the slots on disk say after the machine was started anew."""
-    for path in box.config.state_dir.glob("sandboxes/*/slot.json"):
-        slot = codec.decode(path.read_bytes(), Slot)
-        path.write_bytes(codec.encode(msgspec.structs.replace(slot, boot_id="an earlier one")))
-
-
 def test_after_a_reboot_all_that_is_wanted_is_started_at_once_and_no_failure_is_counted(folder):
     box = Box(folder, restart_first_s=60, restart_most_s=3600, warm_most=1)
 
@@ -253,10 +245,8 @@ def test_after_a_reboot_all_that_is_wanted_is_started_at_once_and_no_failure_is_
             await box.until(box.warm)
             old = set(box.world.sandboxes)
             lost = box.report("c-0").sandbox
-        for name in old:
-            box.world.kill(name, "the power went away")
+        box.lose_power()
         del box.world.sandboxes[lost]  # one that nothing was left of
-        move_to_an_earlier_boot(box)
         async with box.up():
             await box.until_ready()
             assert [box.report(name).restarts for name in ("a-0", "b-0", "c-0")] == [0, 0, 0]
@@ -275,7 +265,7 @@ def test_a_reboot_does_not_undo_that_a_replica_was_given_up(folder):
             await box.want(box.spec())
             await killed(box, "d-0", "fell over")
             assert box.report().is_crash_loop
-        move_to_an_earlier_boot(box)
+        box.lose_power()
         async with box.up():
             await box.until(lambda: (report := box.report()) and report.is_crash_loop)
             await box.looked(5)

@@ -11,11 +11,11 @@ import msgspec
 
 Kind = Literal[
     "cut", "loss", "latency", "slow", "one_way",
-    "kill", "freeze", "disk_full", "disk_read_only", "clock", "memory", "reboot", "twin",
+    "kill", "freeze", "disk_full", "disk_read_only", "disk_stuck", "clock", "memory", "reboot", "twin",
     "broker_restart", "broker_wipe", "centre_kill", "centre_freeze",
 ]  # fmt: skip
 LINK: tuple[Kind, ...] = ("cut", "loss", "latency", "slow", "one_way")
-MACHINE: tuple[Kind, ...] = ("kill", "freeze", "disk_full", "disk_read_only", "clock", "memory", "reboot", "twin")
+MACHINE: tuple[Kind, ...] = ("kill", "freeze", "disk_full", "disk_read_only", "disk_stuck", "clock", "memory", "reboot", "twin")
 CENTRE: tuple[Kind, ...] = ("broker_restart", "broker_wipe", "centre_kill", "centre_freeze")
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -29,7 +29,8 @@ REST_S = (1.0, 6.0)
 """Between two faults of a lane: at least, at most."""
 LASTS_S: dict[Kind, tuple[float, float]] = {
     "cut": (1.0, 12.0), "loss": (3.0, 12.0), "latency": (4.0, 12.0), "slow": (4.0, 12.0), "one_way": (2.0, 12.0),
-    "kill": (0.0, 0.0), "freeze": (0.5, 12.0), "disk_full": (2.0, 10.0), "disk_read_only": (2.0, 8.0), "clock": (2.0, 10.0),
+    "kill": (0.0, 0.0), "freeze": (0.5, 12.0), "disk_full": (2.0, 10.0), "disk_read_only": (2.0, 8.0),
+    "disk_stuck": (2.0, 14.0), "clock": (2.0, 10.0),
     "memory": (2.0, 5.0), "reboot": (0.5, 4.0), "twin": (3.0, 8.0),
     "broker_restart": (0.2, 5.0), "broker_wipe": (0.2, 5.0), "centre_kill": (0.0, 0.0), "centre_freeze": (0.5, 8.0),
 }  # fmt: skip

@@ -536,7 +536,7 @@ class Fleet:
 
         return over
 
-    def _befall_machine(self, box: Box, fault: Fault) -> Callable[[], None]:  # noqa: C901 - one case for each kind
+    def _befall_machine(self, box: Box, fault: Fault) -> Callable[[], None]:  # noqa: C901, PLR0912 - one case for each kind
         over: Callable[[], None] = lambda: None  # noqa: E731 - nothing is to be ended
         match fault.kind:
             case "kill" if fault.part == "worker":
@@ -563,6 +563,9 @@ class Fleet:
             case "memory":
                 for part in PROGRAMS:
                     box.end(part, again_s=RESTART_S)
+            case "disk_stuck":
+                for part in ("agent", "warden"):  # they wait for it; the watchdog can end them, and they begin once it moves again
+                    box.end(part, again_s=fault.lasts_s + (RESTART_S if fault.lasts_s > WATCHDOG_S else 0.0))
             case "twin":
                 twin = Link(self, box.name, box.link.outbox.copy(), is_twin=True)
                 self.twins.append(twin)

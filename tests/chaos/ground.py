@@ -172,6 +172,12 @@ class Ground:
                 await asyncio.sleep(fault.lasts_s)
                 await box.power_off()
                 await box.boot()
+            case "disk_stuck":
+                await asyncio.to_thread(box.stick_disk)
+                try:
+                    await asyncio.sleep(fault.lasts_s)
+                finally:
+                    box.free_stuck_disk()
             case "clock":
                 box.set_clock(fault.amount)
                 await asyncio.sleep(fault.lasts_s)

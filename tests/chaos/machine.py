@@ -16,12 +16,14 @@ import uuid
 from pathlib import Path
 
 from skerry.demo.broker import find_mosquitto
+from skerry.runtime import durable
 from tests.chaos.supervisor import Program
 from tests.chaos.wire import Wire, run, tap
 from tests.conftest import fill
 
 DISK_MIB = 160
 EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2
+FIFREEZE, FITHAW = 0xC0045877, 0xC0045878
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 BOX_GROUPS = next((path for path in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")) if (path / "cgroup.procs").exists()), Path())
 """Of version 2, where a box with all its processes can be ended at once; wardens make no groups there beside version 1."""
@@ -215,11 +217,22 @@ socket = "{runtime}/gateway.sock"\nroutes_file = "{runtime}/routes.json"\n""",
             time.sleep(0.01)
 
     def _shut_down_disk(self) -> None:
+        self._tell_disk(EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH)
+
+    def _tell_disk(self, request: int, value: int = 0) -> None:
         descriptor = os.open(self.disk, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.ioctl(descriptor, EXT4_IOC_SHUTDOWN, ctypes.c_uint32(NO_LOG_FLUSH))
+            fcntl.ioctl(descriptor, request, ctypes.c_uint32(value))
         finally:
             os.close(descriptor)
+
+    def stick_disk(self) -> None:
+        """From now on whoever writes to it waits, and can't even be killed, until ``free_stuck_disk``."""
+        self._tell_disk(FIFREEZE)
+
+    def free_stuck_disk(self) -> None:
+        """It goes on."""
+        self._tell_disk(FITHAW)
 
     def fill_disk(self) -> None:
         """Leave not one byte."""
@@ -228,6 +241,7 @@ socket = "{runtime}/gateway.sock"\nroutes_file = "{runtime}/routes.json"\n""",
     def free_disk(self) -> None:
         """Take it back."""
         (self.disk / "filler").unlink(missing_ok=True)
+        durable.sync_directory(self.disk)  # else a power cut soon after would fill it for good
 
     def break_disk(self) -> None:
         """The file system meets an error and turns read-only, as its mount options say, until the next boot."""

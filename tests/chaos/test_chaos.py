@@ -15,7 +15,7 @@ WITHIN_S = 280
 
 
 @pytest.mark.timeout(WITHIN_S + 20)
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize("seed", [14])
 def test_through_every_kind_of_fault_no_request_and_no_event_is_lost_and_all_is_as_it_was_told_in_the_end(seed):
     need("chaos", absent())
     command = [sys.executable, "-m", "tests.chaos", "--seed", str(seed), "--seconds", str(SECONDS)]
@@ -23,7 +23,7 @@ def test_through_every_kind_of_fault_no_request_and_no_event_is_lost_and_all_is_
     assert done.stdout, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["wrong"] == [], done.stderr[-3000:]
-    assert set(report["faults"]) >= {*faults.LINK[:2], "reboot", "disk_full", "disk_read_only", "twin"}
+    assert set(report["faults"]) >= {*faults.LINK[:2], "reboot", "disk_full", "disk_read_only", "disk_stuck", "twin"}
     assert report["requests"] > 10 * SECONDS
     assert report["events_kept"] > 50
     assert report["changes"] > 2

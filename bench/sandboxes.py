@@ -30,6 +30,7 @@ from edge_agent.warden import daemon, launch
 from edge_agent.warden.config import Config
 from edge_agent.warden.drivers import host_runtime
 from edge_agent.warden.journal import Journal
+from edge_agent.warden.offer import Offer
 from edge_agent.warden.ports import SOCKET_NAME
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.slots import Slots
@@ -197,9 +198,11 @@ class Box:
         self.slots = Slots(self.config.state_dir / "sandboxes", uid_first=self.config.uid_first)
         self.journal = Journal(self.config.state_dir / "journal.db", most=self.config.journal_entries)
         self.driver = daemon.make_driver(rung, self.config)
+        offer = Offer([self.driver])
+        offer.working.append(self.driver)
         self.reconciler = Reconciler(
-            self.config, drivers=[self.driver], absent={}, store=self.store, slots=self.slots, journal=self.journal,
-            limits=Limits(16 * 2**30), desired=None,
+            self.config, offer=offer, store=self.store, slots=self.slots, journal=self.journal, limits=Limits(16 * 2**30), desired=None,
+            unvouched=lambda _: {},
         )  # fmt: skip
         self.model = model
         self._generation = 0

@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from edge_agent.warden import launch
 from edge_agent.warden.config import Config
 from edge_agent.warden.kernel_log import KernelLog
-from edge_agent.warden.ports import Driver, DriverFailed, Ending
+from edge_agent.warden.offer import Offer
+from edge_agent.warden.ports import Driver, DriverFailed, Ending, Sandbox
 from edge_agent.warden.roster import Known, Roster
 from edge_agent.warden.slots import Slot, Slots
 from edge_agent.warden.warm import WarmPool
-from skerry.runtime import lifecycle, log
+from skerry.runtime import log
+from skerry.wire.messages import ReplicaSpec
 
 logger = log.get("warden.census")
 
@@ -21,18 +23,31 @@ DRIVER_POLL_S = 0.2
 LATELY_S = 1.5
 USAGE_POLL_S = 5.0
 ASK_AGAIN_S = 5.0
+ANSWERS_WITHIN_S, REMOVED_WITHIN_S = 2.0, 10.0
+"""A driver whose engine takes longer is silent: the others are not held up by it."""
 SUSPECT_POLL_S, SUSPECT_FOR_S = 0.01, 0.5
 """How often and how long the driver of a replica whose worker hung up is asked: an engine hears of it a moment later."""
 
 
 class Census:
-    """Brings the roster and the warm pool up to date with what the drivers see."""
+    """Brings the roster and the warm pool up to date with what the drivers see.
+
+    What a driver ran is left alone until that has said what it has; one that does not answer holds nobody else up.
+    """
 
     def __init__(
-        self, config: Config, *, drivers: list[Driver], roster: Roster, warm: WarmPool, slots: Slots, wake: Callable[[], None]
+        self,
+        config: Config,
+        *,
+        offer: Offer,
+        roster: Roster,
+        warm: WarmPool,
+        slots: Slots,
+        wake: Callable[[], None],
     ) -> None:
         self._config = config
-        self._drivers = drivers
+        self._drivers = offer.working
+        self._by_name = {driver.name: driver for driver in offer.drivers}
         self._roster = roster
         self._warm = warm
         self._slots = slots
@@ -42,34 +57,72 @@ class Census:
         self._drivers_seen_at = self._usage_seen_at = 0.0
         self._lines: dict[str, asyncio.Task[None]] = {}
         self._suspects: dict[str, float] = {}
+        self._asked: dict[Driver, tuple[float, asyncio.Task[list[Sandbox]]]] = {}
+        self._silent: set[Driver] = set()
+        self._adopted: set[Driver] = set()
 
     @property
     def due_at(self) -> list[float]:
         """When something has to be looked at, on the monotonic clock."""
         return [at for _, at in self._orphans.values()] + [time.monotonic() + SUSPECT_POLL_S] * bool(self._suspects)
 
+    def why_not(self, driver: Driver) -> str:
+        """Why nothing can be started by this driver now; empty where it can."""
+        if driver in self._silent:
+            return f"{driver.name} does not answer"
+        return "" if driver in self._adopted else f"{driver.name} has not said yet what it runs"
+
     # -- at the start
 
-    async def adopt(self, stop: asyncio.Event) -> None:
-        """Take over what an earlier warden started. Nothing is begun before it is known what runs."""
-        seen: dict[str, tuple[Driver, Ending | None]] = {}
-        for driver in self._drivers:
-            await self._list_all(driver, seen, stop)
-        for name, (driver, ending) in seen.items():
-            self._adopt(name, driver, ending)
-        for name in self._slots.all().keys() - seen.keys():
-            self._adopt_absent(name)
+    async def adopt(self) -> None:
+        """Take over what an earlier warden started. What was, since the boot, by a driver that does not answer is taken to run."""
+        heard = await self._ask(self._drivers)
+        for driver, (_, listed) in heard.items():
+            self._adopt_all(driver, listed)
+        names = {driver.name for driver in heard}
+        for name, slot in self._slots.all().items():
+            if slot.driver in names:
+                continue
+            if slot.driver not in self._by_name or slot.given_up or slot.boot_id != self._slots.boot_id:
+                self._adopt_absent(name)
+            elif slot.replica is not None:
+                self._take_over(name, slot, slot.replica, self._by_name[slot.driver])
 
-    async def _list_all(self, driver: Driver, seen: dict[str, tuple[Driver, Ending | None]], stop: asyncio.Event) -> None:
-        """An engine that does not answer is asked again."""
-        while not stop.is_set():
+    def _adopt_all(self, driver: Driver, listed: list[Sandbox]) -> None:
+        """What it says for the first time that it has."""
+        self._adopted.add(driver)
+        for sandbox in listed:
+            if sandbox.name not in self._roster.known:
+                self._adopt(sandbox.name, driver, sandbox.ending)
+        absent = self._slots.all().keys() - {sandbox.name for sandbox in listed}
+        for name in absent:
+            if self._slots.all()[name].driver == driver.name:
+                self._roster.known.pop(name, None)
+                self._adopt_absent(name)
+
+    async def _ask(self, drivers: Collection[Driver]) -> dict[Driver, tuple[float, list[Sandbox]]]:
+        """What each says that it has, and since when that is so. One that does not answer soon is heard when it does."""
+        for driver in drivers:
+            if driver not in self._asked:
+                self._asked[driver] = (time.monotonic(), asyncio.create_task(driver.sandboxes(), name=f"warden.{driver.name}"))
+        if waited := [self._asked[driver][1] for driver in drivers if driver not in self._silent]:
+            await asyncio.wait(waited, timeout=ANSWERS_WITHIN_S)
+        heard = {}
+        for driver in drivers:
+            asked_at, answer = self._asked[driver]
+            if not answer.done():
+                if driver not in self._silent:
+                    logger.warning("driver.silent", driver=driver.name, reason=f"no answer within {ANSWERS_WITHIN_S:.0f} s")
+                    self._silent.add(driver)
+                    answer.add_done_callback(lambda _: self._wake())
+                continue
+            del self._asked[driver]
             try:
-                seen |= {sandbox.name: (driver, sandbox.ending) for sandbox in await driver.sandboxes()}
+                heard[driver] = (asked_at, answer.result())
+                self._silent.discard(driver)
             except DriverFailed as exc:
                 logger.warning("driver.silent", driver=driver.name, reason=str(exc))
-                await lifecycle.sleep_until(stop, ASK_AGAIN_S)
-            else:
-                return
+        return heard
 
     def _adopt(self, name: str, driver: Driver, ending: Ending | None) -> None:
         slot = self._slots.all().get(name)
@@ -81,15 +134,18 @@ class Census:
         elif slot.replica is None:
             self._warm.adopt(name, slot.kind, driver)
         else:
-            known = Known(slot.replica, "running", driver, since=now, gpu=slot.gpu, is_warm=slot.is_warm)
-            self._roster.attempts[slot.replica.name] = (slot.replica, slot.attempts)
-            if slot.given_up:
-                self._roster.give_up(name, known, slot.given_up)
-            elif ending is not None:
-                self._roster.die(name, known, ending)
-            else:
-                self._roster.known[name] = known
-                self._roster.say("replica.adopted", slot.replica.name, driver.name)
+            self._take_over(name, slot, slot.replica, driver, ending)
+
+    def _take_over(self, name: str, slot: Slot, replica: ReplicaSpec, driver: Driver, ending: Ending | None = None) -> None:
+        known = Known(replica, "running", driver, since=time.monotonic(), gpu=slot.gpu, is_warm=slot.is_warm)
+        self._roster.attempts[replica.name] = (replica, slot.attempts)
+        if slot.given_up:
+            self._roster.give_up(name, known, slot.given_up)
+        elif ending is not None:
+            self._roster.die(name, known, ending)
+        else:
+            self._roster.known[name] = known
+            self._roster.say("replica.adopted", replica.name, driver.name)
 
     def _is_to_begin_anew(self, name: str, slot: Slot, ending: Ending | None) -> bool:
         """Whether what an earlier warden left is of no use, and no replica is to blame for it."""
@@ -114,29 +170,33 @@ class Census:
         now = time.monotonic()
         known = self._roster.known
         self._suspects = {name: until for name, until in self._suspects.items() if now < until and name in known and known[name].exists}
-        asked = {driver.name for name in self._suspects if (driver := known[name].driver) is not None}
+        asked = {driver for name in self._suspects if (driver := known[name].driver) is not None}
         if now - self._drivers_seen_at >= (LATELY_S if is_urgent else DRIVER_POLL_S):
             self._drivers_seen_at = now
-            asked = {one.driver.name for one in known.values() if one.driver} | {kind.driver for kind in self._warm.kinds.values()}
-        for driver in self._drivers:
-            if driver.name in asked:
-                await self._look_at(driver)
+            names = {kind.driver for kind in self._warm.kinds.values()}
+            asked = {one.driver for one in known.values() if one.driver} | {driver for driver in self._drivers if driver.name in names}
+        heard = await self._ask([driver for driver in self._drivers if driver in asked or driver not in self._adopted])
+        for driver, (asked_at, listed) in heard.items():
+            if driver in self._adopted:
+                await self._look_at(driver, asked_at, listed)
+            else:
+                self._adopt_all(driver, listed)
+        for one in (known[name] for name in self._suspects if name in known):
+            if one.ready and one.driver is not None and self.why_not(one.driver):
+                one.ready_since, one.since = 0.0, now  # nobody can say what became of it: it has to answer again
         await self._remove_orphans(now)
         if now - self._usage_seen_at >= USAGE_POLL_S:
             self._usage_seen_at = now
             await self._look_at_usage()
             self._look_at_refusals()
-        starting = [(name, k) for name, k in self._roster.known.items() if k.phase == "running" and not k.ready]
+        starting = [(name, k) for name, k in self._roster.known.items() if k.phase == "running" and not k.ready and not k.is_moving]
         await asyncio.gather(*(self._ask_ready(name, known, now) for name, known in starting))
 
-    async def _look_at(self, driver: Driver) -> None:
-        try:
-            seen = {sandbox.name: sandbox for sandbox in await driver.sandboxes()}
-        except DriverFailed as exc:
-            logger.warning("driver.silent", driver=driver.name, reason=str(exc))
-            return
+    async def _look_at(self, driver: Driver, asked_at: float, listed: list[Sandbox]) -> None:
+        """What was begun since it was asked, and what it is about, it can't know."""
+        seen = {sandbox.name: sandbox for sandbox in listed}
         for name, known in list(self._roster.known.items()):
-            if known.driver is not driver or not known.exists:
+            if known.driver is not driver or not known.exists or known.is_moving or known.since > asked_at:
                 continue
             ending = seen[name].ending if name in seen else Ending(lines=["the sandbox is gone"])
             if ending is None and (excess := await asyncio.to_thread(self._slots.overfull, name)):
@@ -145,22 +205,24 @@ class Census:
                 self._roster.say("sandbox.contained", known.spec.name, excess)
             if ending is not None:
                 self._roster.die(name, known, ending)
-        await self._warm.look(driver, {name for name, sandbox in seen.items() if sandbox.running})
+        running = {name for name, sandbox in seen.items() if sandbox.running}
+        await self._warm.look(driver, running, asked_at=asked_at)
 
     @staticmethod
     async def _kill(name: str, known: Known) -> None:
+        """It is stopped again before it is forgotten: no need to wait for long."""
         if known.driver is not None:
-            with contextlib.suppress(DriverFailed):
-                await known.driver.stop(name, grace_s=0)
+            with contextlib.suppress(DriverFailed, TimeoutError):
+                await asyncio.wait_for(known.driver.stop(name, grace_s=0), ANSWERS_WITHIN_S)
 
     async def _look_at_usage(self) -> None:
         """What the kernel refused a sandbox that lives on is told each time the count moved."""
         for name, known in list(self._roster.known.items()):
-            if known.phase != "running" or known.driver is None:
+            if known.phase != "running" or known.driver is None or known.driver in self._silent:
                 continue
             try:
-                usage = await known.driver.stats(name)
-            except DriverFailed:
+                usage = await asyncio.wait_for(known.driver.stats(name), ANSWERS_WITHIN_S)
+            except (DriverFailed, TimeoutError):
                 continue
             if usage is None:
                 continue
@@ -184,9 +246,11 @@ class Census:
             if now < due_at:
                 continue
             try:
-                await driver.stop(name, grace_s=0)
-            except DriverFailed as exc:
-                logger.warning("orphan.not_removed", sandbox=name, reason=str(exc))
+                if why_not := self.why_not(driver):
+                    raise DriverFailed(why_not)
+                await asyncio.wait_for(driver.stop(name, grace_s=0), REMOVED_WITHIN_S)
+            except (DriverFailed, TimeoutError) as exc:
+                logger.warning("orphan.not_removed", sandbox=name, reason=str(exc) or "no answer")
                 self._orphans[name] = (driver, now + ASK_AGAIN_S)
                 continue
             del self._orphans[name]

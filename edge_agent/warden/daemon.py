@@ -16,7 +16,7 @@ from edge_agent.warden.drivers.docker import DockerDriver
 from edge_agent.warden.journal import Journal
 from edge_agent.warden.link_watch import LinkWatch
 from edge_agent.warden.listener import Listener
-from edge_agent.warden.offer import Offer
+from edge_agent.warden.offer import FIRST_WITHIN_S, Offer
 from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.shelf import Shelf
@@ -96,13 +96,12 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     link = LinkWatch(config.state_dir / "link.json", proved)
     await asyncio.to_thread(host_runtime.compile_ours)
     offer = Offer([make_driver(name, config) for name in config.drivers])
-    await offer.look()
+    await offer.look(within_s=FIRST_WITHIN_S)
     if not offer.working:
         journal.add("driver.none", "", f"none of {', '.join(config.drivers)} works on this box", at_ms=time.time_ns() // 1_000_000)
     reconciler = Reconciler(
         config,
-        drivers=offer.working,
-        absent=offer.absent,
+        offer=offer,
         store=store,
         slots=Slots(config.state_dir / "sandboxes", uid_first=config.uid_first),
         journal=journal,

@@ -19,6 +19,8 @@ MOST_REASON = 300
 """Characters of why a rung is not offered that are passed on."""
 AGAIN_S = (2.0, 60.0)
 """Between two tries: at first, at most."""
+FIRST_WITHIN_S, AGAIN_WITHIN_S = 8.0, 30.0
+"""How long a try is waited for; at the start all else waits too."""
 
 
 class Offer:
@@ -27,16 +29,17 @@ class Offer:
     def __init__(self, drivers: Sequence[Driver], *, again_s: tuple[float, float] = AGAIN_S) -> None:
         self.working: list[Driver] = []
         self.absent: dict[Rung, str] = {}
-        self._drivers = list(drivers)
+        self.drivers = list(drivers)
         self._again_s = again_s
+        self._trying: dict[Driver, asyncio.Task[str]] = {}
 
-    async def look(self) -> bool:
-        """Try those that did not work; whether one does now."""
-        waiting = [driver for driver in self._drivers if driver not in self.working]
-        reasons = await asyncio.gather(*(_reason(driver) for driver in waiting))
+    async def look(self, *, within_s: float | None = None) -> bool:
+        """Try those that did not work, for so long; whether one does now."""
+        waiting = [driver for driver in self.drivers if driver not in self.working]
+        reasons = await self._reasons(waiting, within_s)
         found = [driver for driver, reason in zip(waiting, reasons, strict=True) if not reason]
-        self.working[:] = [driver for driver in self._drivers if driver in self.working or driver in found]
-        offered, names = {driver.rung for driver in self.working}, ", ".join(driver.name for driver in self._drivers)
+        self.working[:] = [driver for driver in self.drivers if driver in self.working or driver in found]
+        offered, names = {driver.rung for driver in self.working}, ", ".join(driver.name for driver in self.drivers)
         said: dict[Rung, str] = dict.fromkeys(RUNGS, f"drivers: no driver of this rung is among {names}")
         said["microvm"] = "this version has no driver for micro virtual machines"
         said |= {driver.rung: reason[:MOST_REASON] for driver, reason in zip(waiting, reasons, strict=True) if reason}
@@ -50,15 +53,25 @@ class Offer:
                 logger.info("driver.found", driver=driver.name)
         return bool(found)
 
+    async def _reasons(self, waiting: list[Driver], within_s: float | None) -> list[str]:
+        """Why each does not work; one that has not said within its time goes on trying."""
+        for driver in waiting:
+            if driver not in self._trying:
+                self._trying[driver] = asyncio.create_task(_reason(driver), name=f"warden.offer.{driver.name}")
+        if waiting:
+            await asyncio.wait([self._trying[driver] for driver in waiting], timeout=within_s)
+        tried = {driver: self._trying.pop(driver) for driver in waiting if self._trying[driver].done()}
+        return [tried[driver].result() if driver in tried else f"no answer within {within_s:g} s" for driver in waiting]
+
     async def run(self, stop: asyncio.Event, on_found: Callable[[], None]) -> None:
         """Try again those that do not work, ever more seldom, until all do or ``stop`` is set."""
         first_s, most_s = self._again_s
         for attempt in itertools.count():
-            if len(self.working) == len(self._drivers):
+            if len(self.working) == len(self.drivers):
                 return
             if await lifecycle.sleep_until(stop, backoff.delay_s(attempt, random.random(), first_s=first_s, most_s=most_s)):
                 return
-            if await self.look():
+            if await self.look(within_s=AGAIN_WITHIN_S):
                 on_found()
 
 

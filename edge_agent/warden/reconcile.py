@@ -6,6 +6,7 @@ seen (drivers, slots) ---+
 """
 
 import asyncio
+import functools
 import math
 import os
 import time
@@ -19,18 +20,20 @@ from edge_agent.warden import launch
 from edge_agent.warden.census import DRIVER_POLL_S, Census
 from edge_agent.warden.config import Config
 from edge_agent.warden.journal import Journal
+from edge_agent.warden.offer import Offer
 from edge_agent.warden.ports import SOCKET_NAME, Driver, DriverFailed, Ending
 from edge_agent.warden.roster import Known, Roster
 from edge_agent.warden.served import Served
 from edge_agent.warden.shelf import Shelf
 from edge_agent.warden.slots import Slots
 from edge_agent.warden.store import Store, StoreFailed
+from edge_agent.warden.under_way import UnderWay
 from edge_agent.warden.warm import WarmPool
 from skerry.runtime import durable, lifecycle, log, refusals
 from skerry.wire import codec
 from skerry.wire.box import RouteTable, State
 from skerry.wire.logs import UNKNOWN_REPLICA
-from skerry.wire.messages import RUNGS, Addresses, Desired, LogsReply, LogsRequest, ModelRef, ReplicaSpec, Rung
+from skerry.wire.messages import RUNGS, Addresses, Desired, LogsReply, LogsRequest, ModelRef, ReplicaSpec
 from skerry.wire.proof import Proof
 
 logger = log.get("warden.reconcile")
@@ -43,6 +46,8 @@ SOCKET_POLL_S = 0.001
 STOP_GRACE_S = 3.0
 REMOVE_AGAIN_S = 5.0
 IDLE_POLL_S = 10.0
+STEPS_WITHIN_S, ENDS_WITHIN_S = 1.0, 4.0
+"""Steps that take longer are waited for no more, and at the end of the warden for so long."""
 REFUSED_EVERY_S = 5.0
 
 
@@ -55,8 +60,7 @@ class Reconciler:
         self,
         config: Config,
         *,
-        drivers: list[Driver],
-        absent: dict[Rung, str],
+        offer: Offer,
         store: Store,
         slots: Slots,
         journal: Journal,
@@ -65,8 +69,8 @@ class Reconciler:
         unvouched: Callable[[Desired | None], dict[str, str]],
     ) -> None:
         self._config = config
-        self._drivers = drivers
-        self._absent = absent
+        self._drivers = offer.working
+        self._offer = offer
         self._store = store
         self._slots = slots
         self._journal = journal
@@ -83,7 +87,8 @@ class Reconciler:
         self._known = self._roster.known
         self._say = self._roster.say
         self._warm = WarmPool(config, slots, journal)
-        self._census = Census(config, drivers=drivers, roster=self._roster, warm=self._warm, slots=slots, wake=self.wake)
+        self._census = Census(config, offer=offer, roster=self._roster, warm=self._warm, slots=slots, wake=self.wake)
+        self._under_way = UnderWay(self.wake)
         self._waiting: dict[str, str] = {}
         self._not_fetched: dict[str, str] = {}
         self._state: State | None = None
@@ -174,7 +179,7 @@ class Reconciler:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Adopt what an earlier warden started, then converge until ``stop`` is set. Sandboxes are left running."""
-        await self._census.adopt(stop)
+        await self._census.adopt()
         while not stop.is_set():
             is_news = self._wake.is_set()
             self._wake.clear()
@@ -189,12 +194,14 @@ class Reconciler:
                 await self._rest(stop)
         await self._census.close()
         await self._warm.close()
+        await self._under_way.end(within_s=ENDS_WITHIN_S)
 
     async def _rest(self, stop: asyncio.Event) -> None:
         """Until something asks for a look, or it is time for one."""
-        starting = [name for name, k in self._known.items() if k.phase == "running" and not k.ready]
+        starting = [name for name, k in self._known.items() if k.phase == "running" and not k.ready and not k.is_moving]
         is_settled = not starting and not any(k.phase == "fetched" for k in self._known.values())
-        warms = is_settled and await self._warm.tend(self._drivers, free_bytes=self._free_for_warm())
+        able = [driver for driver in self._drivers if not self._census.why_not(driver)]
+        warms = is_settled and await self._warm.tend(able, free_bytes=self._free_for_warm())
         if starting:
             await self._until_one_listens(starting, stop)
             return
@@ -238,10 +245,23 @@ class Reconciler:
         self._waiting = plan.waiting
         ended = {name for name, known in self._known.items() if known.phase == "dead"}
         is_quiet = all(isinstance(step, diff.Fetch) or (isinstance(step, diff.Remove) and step.sandbox in ended) for step in plan.steps)
-        results = await asyncio.gather(*(self._run(step, now) for step in plan.steps))
-        if any(results) and is_quiet:
+        steps = [(self._subject_of(step), functools.partial(self._run, step, now)) for step in plan.steps]
+        moved = await self._under_way.take(steps, within_s=STEPS_WITHIN_S)
+        if moved and is_quiet:
             await self._converge()  # to find a model in the store, or to be rid of what ended, is not worth telling before what follows
-        return any(results)
+        return moved
+
+    def _subject_of(self, step: diff.Step) -> str:
+        """The replica, or the warm sandbox."""
+        match step:
+            case diff.Fetch(spec) | diff.Start(spec):
+                return spec.name
+            case diff.Drain(sandbox) | diff.Remove(sandbox):
+                return self._known[sandbox].spec.name
+            case diff.GiveBack(sandbox):
+                return sandbox
+            case _:
+                assert_never(step)
 
     def _note_served(self) -> None:
         """What answers as it is wanted is what this box falls back on."""
@@ -296,6 +316,13 @@ class Reconciler:
     def _driver_for(self, spec: ReplicaSpec) -> Driver | None:
         return next((driver for driver in self._drivers if not launch.unable(driver, spec)), None)
 
+    def _why_not_yet(self, spec: ReplicaSpec, driver: Driver | None) -> str:
+        """Why it is too early to start it; empty where it is not."""
+        if driver is not None:
+            return self._census.why_not(driver)
+        later = [one for one in self._offer.drivers if one not in self._drivers and not launch.unable(one, spec)]
+        return "; ".join(f"{one.name}: {self._offer.absent.get(one.rung, 'not tried yet')}" for one in later)
+
     def _no_driver(self, spec: ReplicaSpec) -> str:
         reasons = dict.fromkeys(launch.unable(driver, spec) for driver in self._drivers)
         offered = ", ".join(driver.rung for driver in self._drivers) or "none"
@@ -310,6 +337,9 @@ class Reconciler:
         name = next(name for name, known in self._known.items() if known.phase == "fetched" and known.spec == spec)
         known = self._known[name]
         known.driver, known.since, known.gpu = self._driver_for(spec), time.monotonic(), gpu
+        known.reason = self._why_not_yet(spec, known.driver)
+        if known.reason:
+            return False
         if known.driver is None:
             self._roster.die(name, known, Ending(lines=[self._no_driver(spec)]), was_started=False)
             return True
@@ -326,6 +356,7 @@ class Reconciler:
                 slot = self._slots.open(
                     name, driver=known.driver.name, kind=kind, replica=spec, model=model, gpu=gpu, attempts=self._roster.attempts_of(spec)
                 )
+                known.phase, known.is_moving = "running", True
                 await known.driver.start(launch.sandbox_spec(name, slot, self._slots))
         except (DriverFailed, OSError) as exc:
             if warm:
@@ -333,7 +364,9 @@ class Reconciler:
                 return True  # a cold one, then
             self._roster.die(name, known, Ending(lines=[f"{known.driver.name}: {exc}"]), was_started=False)
             return True
-        known.phase = "running"
+        finally:
+            known.is_moving = False
+        known.phase, known.since = "running", time.monotonic()
         how = f"{known.driver.name}, {spec.model.name}:{spec.model.version}, sandbox {name}"
         self._say("replica.started", spec.name, how)
         return True
@@ -347,12 +380,15 @@ class Reconciler:
     async def _remove(self, name: str) -> bool:
         known = self._known[name]
         if known.driver is not None:
+            known.is_moving = True
             try:
                 await known.driver.stop(name, grace_s=STOP_GRACE_S)
             except DriverFailed as exc:
                 logger.warning("replica.not_removed", replica=known.spec.name, reason=str(exc))
                 known.retry_at = known.drained_at = time.monotonic() + REMOVE_AGAIN_S
                 return False
+            finally:
+                known.is_moving = False
         self._slots.close(name)
         del self._known[name]
         if known.phase == "draining":
@@ -375,7 +411,7 @@ class Reconciler:
         by_replica = {status.spec.name: status for status in reversed(statuses)}
         reported = report_of(self.desired, by_replica, self._not_fetched, Withheld(self._unvouched, self._stopped), self.refused)
         addresses = self.desired.addresses if self.desired else Addresses()
-        state = State(reported, self._needs(), rungs, dict(self._absent), self.time_proof(), addresses)
+        state = State(reported, self._needs(), rungs, dict(self._offer.absent), self.time_proof(), addresses)
         if state != self._state:
             self._state = state
             self.on_change(state)

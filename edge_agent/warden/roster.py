@@ -44,6 +44,8 @@ class Known(msgspec.Struct):
     is_warm: bool = False
     oom_kills: int = 0
     pids_refused: int = 0
+    is_moving: bool = False
+    """Whether its driver is starting or stopping it now."""
 
     @property
     def ready(self) -> bool:

@@ -27,7 +27,7 @@ DEMANDS_KEPT = 256
 YOUNG_S = 30.0
 """One started less than this long ago is not given back for want of demand: its start would have been for nothing."""
 PAUSE_AFTER_FAILURE_S = 60.0
-STOP_GRACE_S = 0.5
+STOP_GRACE_S, STOPPED_WITHIN_S = 0.5, 5.0
 
 
 class Warm(msgspec.Struct):
@@ -102,18 +102,18 @@ class WarmPool:
 
     async def _stop(self, name: str, warm: Warm) -> bool:
         try:
-            await warm.driver.stop(name, grace_s=STOP_GRACE_S)
-        except DriverFailed as exc:
-            logger.warning("warm.not_stopped", sandbox=name, reason=str(exc))
+            await asyncio.wait_for(warm.driver.stop(name, grace_s=STOP_GRACE_S), STOPPED_WITHIN_S)
+        except (DriverFailed, TimeoutError) as exc:
+            logger.warning("warm.not_stopped", sandbox=name, reason=str(exc) or "no answer")
             self._held[name] = msgspec.structs.replace(warm, is_waiting=False)
             return False
         self._slots.close(name)
         return True
 
-    async def look(self, driver: Driver, running: set[str]) -> None:
-        """``running`` of this driver's sandboxes run; those of ours that do not have ended. One that oversteps is ended."""
+    async def look(self, driver: Driver, running: set[str], *, asked_at: float) -> None:
+        """``running`` ran at ``asked_at``, as this driver says; those of ours that did not have ended. One that oversteps is ended."""
         for name, warm in list(self._held.items()):
-            if warm.driver is not driver or name == self._starting_name:
+            if warm.driver is not driver or name == self._starting_name or warm.since > asked_at:
                 continue
             reason = await asyncio.to_thread(self._slots.overfull, name) if name in running else "it ended"
             if reason:
@@ -126,7 +126,8 @@ class WarmPool:
             warm.is_waiting = warm.is_waiting or launch.is_waiting(self._slots.socket_dir(name))
 
     async def tend(self, drivers: list[Driver], *, free_bytes: int) -> bool:
-        """Become as many as core/pool wants: stop what is too much, begin to start one that is missing. ``free_bytes`` is theirs in all.
+        """Become as many as core/pool wants: stop what is too much, begin to start one that is missing. ``free_bytes`` is theirs in all;
+        what ``drivers`` do not have is left alone.
 
         Says whether it goes on: one is started at a time, so that a deploy never waits behind several.
         """
@@ -136,9 +137,10 @@ class WarmPool:
         want = pool.wanted(list(self._demands), free_bytes=free_bytes, most=self._most, now_s=now, keep_s=self._keep_s)
         young = {name for name, warm in self._held.items() if now - warm.since < YOUNG_S}
         to_start, to_stop = pool.changes(want, self.kinds, young=young)
-        for name in to_stop:
-            await self.give_back(name, "no recent start of this kind")
         by_name = {driver.name: driver for driver in drivers}
+        for name in to_stop:
+            if self._held[name].kind.driver in by_name:
+                await self.give_back(name, "no recent start of this kind")
         startable = [kind for kind in to_start if kind.driver in by_name]
         if not startable or now < self._paused_until:
             return False
@@ -157,6 +159,7 @@ class WarmPool:
             self._held.pop(name, None)
             await self._stop(name, warm)
         else:
+            warm.since = time.monotonic()
             self._say("warm.started", name, launch.in_words(kind))
         finally:
             self._starting_name = ""

@@ -22,6 +22,7 @@ from edge_agent.warden.config import Config
 from edge_agent.warden.daemon import make_driver
 from edge_agent.warden.drivers.fake import FakeDriver, FakeSandbox, FakeWorld
 from edge_agent.warden.journal import Journal
+from edge_agent.warden.offer import Offer
 from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.slots import Slot, Slots
@@ -30,7 +31,7 @@ from edge_agent.warden.verify import unvouched
 from skerry.wire import codec, ipc
 from skerry.wire.box import Entry, RouteTable
 from skerry.wire.bundle import Bundle
-from skerry.wire.messages import Desired, ModelRef, ReplicaReport, ReplicaSpec, RouteSpec
+from skerry.wire.messages import Desired, ModelRef, ReplicaReport, ReplicaSpec, RouteSpec, Rung
 from tests.conftest import scaling
 
 T = TypeVar("T")
@@ -70,6 +71,8 @@ class Box:
         )
         self.config.incoming_dir.mkdir(exist_ok=True)
         self.desired: Desired | None = None
+        self.not_yet: set[Rung] = set()
+        """Of whom the warden's drivers do not work when it starts."""
         self.model_keys: list[EllipticCurvePublicKey] | None = None
         self._drivers = drivers
         self._models: dict[str, bytes] = {}
@@ -84,10 +87,11 @@ class Box:
         store = Store(state_dir)
         self.journal = Journal(state_dir / "journal.db", most=self.config.journal_entries)
         self.slots = Slots(state_dir / "sandboxes", uid_first=self.config.uid_first)
+        self.offer = Offer(self._drivers(self))
+        self.offer.working += [driver for driver in self.offer.drivers if driver.rung not in self.not_yet]
         self.warden = Reconciler(
             self.config,
-            drivers=self._drivers(self),
-            absent={},
+            offer=self.offer,
             store=store,
             slots=self.slots,
             journal=self.journal,

@@ -168,6 +168,7 @@ class BubblewrapDriver:
         staging = folder / "handle.json.new"
         staging.write_bytes(msgspec.json.encode(handle))
         staging.rename(folder / "handle.json")
+        self._alive_at[spec.name] = math.inf
 
     def _make_group(self, spec: SandboxSpec) -> list[Path]:
         if self._groups is None:

@@ -181,12 +181,14 @@ class FakeWorld:
     """What outlives a driver, and the script.
 
     ``start_delay_s`` passes between ``start``, which returns at once as a real driver's does, and a sandbox that listens.
-    A method of the driver that is named in ``fail`` raises DriverFailed; ``probe`` returns a reason instead.
+    A method of the driver that is named in ``fail`` raises DriverFailed; ``probe`` returns a reason instead. One that is named in
+    ``hang`` does not return before it is not.
     """
 
     def __init__(self) -> None:
         self.start_delay_s = 0.0
         self.fail: set[str] = set()
+        self.hang: set[str] = set()
         self.sandboxes: dict[str, FakeSandbox] = {}
 
     def kill(self, name: str, reason: str) -> None:
@@ -203,24 +205,27 @@ class FakeWorld:
 class FakeDriver:
     """See Driver for what each method promises, and FakeWorld for how to make it break them."""
 
-    name = "fake"
-
-    def __init__(self, world: FakeWorld, *, rung: Rung = "process") -> None:
+    def __init__(self, world: FakeWorld, *, rung: Rung = "process", name: str = "fake") -> None:
+        self.name = name
         self.rung = rung
         self.limits = "none"
         self._world = world
 
-    def _follow_script(self, method: str) -> None:
+    async def _follow_script(self, method: str) -> None:
+        while method in self._world.hang:
+            await asyncio.sleep(0.01)
         if method in self._world.fail:
             raise DriverFailed(f"{method} fails, as the script says")
 
     async def probe(self) -> str:
         """See Driver."""
+        while "probe" in self._world.hang:
+            await asyncio.sleep(0.01)
         return "the script says that this driver does not work" if "probe" in self._world.fail else ""
 
     async def start(self, spec: SandboxSpec) -> None:
         """See Driver."""
-        self._follow_script("start")
+        await self._follow_script("start")
         earlier = self._world.sandboxes.get(spec.name)
         if earlier is not None and earlier.running:
             return
@@ -231,19 +236,19 @@ class FakeDriver:
 
     async def stop(self, name: str, *, grace_s: float) -> None:  # noqa: ARG002 - nothing here needs a moment to end
         """See Driver."""
-        self._follow_script("stop")
+        await self._follow_script("stop")
         sandbox = self._world.sandboxes.pop(name, None)
         if sandbox is not None:
             sandbox.end("stopped")
 
     async def sandboxes(self) -> list[Sandbox]:
         """See Driver."""
-        self._follow_script("sandboxes")
+        await self._follow_script("sandboxes")
         return [Sandbox(name, sandbox.ending) for name, sandbox in sorted(self._world.sandboxes.items())]
 
     async def stats(self, name: str) -> Usage | None:
         """See Driver; the figures are made up, and grow with each call that was served."""
-        self._follow_script("stats")
+        await self._follow_script("stats")
         sandbox = self._world.sandboxes.get(name)
         if sandbox is None or not sandbox.running:
             return None
@@ -251,7 +256,7 @@ class FakeDriver:
 
     async def logs(self, name: str, *, lines: int, after: str = "") -> LogLines:
         """See Driver; a position is a number of lines."""
-        self._follow_script("logs")
+        await self._follow_script("logs")
         sandbox = self._world.sandboxes.get(name)
         if sandbox is None or lines <= 0:
             return LogLines([])

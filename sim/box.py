@@ -1,180 +1,206 @@
-"""A pretended box: its steps are the product's own (edge_agent/core/diff.py), its programs and sandboxes are not there."""
+"""A box without sandboxes: the agent's own session and outbox on a real broker, and the rest of a box pretended.
 
-import itertools
-from typing import TYPE_CHECKING
+What a coordinator knows of a box is what its agent says, and that is the agent's own code here, resending and all: a benchmark
+with a copy of the protocol would measure the copy. Pretended are the warden (a replica is ready a moment after it is wanted),
+the gateway (so many answers a second) and the machine. The outbox lies in memory: a hundred of them share one disk else.
+"""
 
-import msgspec
+import asyncio
+import random
+import time
+from collections import Counter
+from pathlib import Path
 
-from edge_agent.core import diff, predecessor
-from edge_agent.core.admission import Limits
-from edge_agent.core.diff import Seen
-from sim.link import Link, Outbox
-from skerry.wire.messages import ReplicaSpec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-if TYPE_CHECKING:
-    from sim.fleet import Fleet
+from edge_agent.core.report import ReplicaStatus, Withheld, report_of
+from edge_agent.link.outbox import Outbox
+from edge_agent.link.session import Reach, Session
+from skerry import __version__
+from skerry.runtime import lifecycle
+from skerry.runtime.settings import Broker
+from skerry.wire import latency, signing
+from skerry.wire.messages import Birth, Desired, Gpu, GpuSample, Sample, ServeSample
 
-RESTART_S = 0.5
-START_S = (0.1, 0.6)
-DRAIN_S = 0.5
-FETCH_S = 4.0
-MEMORY_BYTES = 4 * 2**30
-PROGRAMS = ("agent", "warden", "gateway")
+MEMORY_BYTES = 16 * 2**30
+MOST_HELD_BYTES = 256 * 2**20
+"""As the agent's settings have it: events, and samples, that an outbox holds."""
+WILL_DELAY_S = 5
+RECONNECT_S = (0.5, 60.0)
+"""As the agent's settings have them."""
+START_S = (0.2, 1.5)
+"""How long a pretended sandbox takes to start: at least, at most."""
+
+Said = tuple[str, str, str]
+"""An event as it was said: kind, subject, text."""
 
 
-class Box:
-    """One box: its disk (``told``, ``generation``, ``models``, ``served``), what runs on it, its link."""
+class RememberingOutbox(Outbox):
+    """An outbox in memory that remembers every event it numbered: ``said[i]`` has the number ``i + 1``."""
 
-    def __init__(self, fleet: "Fleet", name: str, tier: str) -> None:
-        self.fleet, self.name, self.tier = fleet, name, tier
-        self.told: list[ReplicaSpec] = []
-        self.generation = 0
-        self.models: set[str] = set()
-        self.served: dict[str, ReplicaSpec] = {}
-        self.seen: dict[str, Seen] = {}
-        self.runs = {"warden": False, "gateway": False}
-        self.boot = 0
-        self.is_full = False
-        self.link = Link(fleet, name, Outbox("0"))
-        self._passed_on: tuple[int, list[ReplicaSpec]] = (0, [])
-        self._is_due = False
-        self._sandboxes = itertools.count()
+    def __init__(self) -> None:
+        super().__init__(Path(":memory:"), most_bytes=MOST_HELD_BYTES)
+        self.said: list[Said] = []
 
-    @property
-    def is_serving(self) -> bool:
-        """Whether a request here is answered here."""
-        return self.runs["gateway"] and any(
-            one.is_ready and one.phase == "running" and one.spec.deployment == "everywhere" for one in self.seen.values()
+    def add_event(self, kind: str, subject: str = "", text: str = "", *, at_ms: int) -> None:
+        """See Outbox."""
+        super().add_event(kind, subject, text, at_ms=at_ms)
+        self.said.append((kind, subject, text))
+
+
+class SimulatedBox:
+    """``run`` connects and goes on until it is told to stop. ``sampled`` and ``served`` are what it said of itself so far.
+
+    ``look_back`` before ``run`` makes it one that sampled and served for a while without a link; ``quieten`` ends what is new
+    (samples, events), so that all of it can arrive before the end.
+    """
+
+    def __init__(
+        self,
+        *,
+        broker: Broker,
+        fleet: str,
+        node: str,
+        trusted: list[Ed25519PublicKey],
+        sample_every_s: float = 1.0,
+        event_every_s: float = 3.0,
+    ) -> None:
+        self.node = node
+        self.outbox = RememberingOutbox()
+        self.sampled = 0
+        self.served: dict[str, Counter[str]] = {}
+        self.desired: Desired | None = None
+        self._trusted = trusted
+        self._sample_every_s = sample_every_s
+        self._event_every_s = event_every_s
+        self._chance = random.Random(node)
+        self._replicas: dict[str, ReplicaStatus] = {}
+        self._wanted = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._session = Session(
+            reach=Reach(broker, WILL_DELAY_S, RECONNECT_S),
+            fleet=fleet,
+            node=node,
+            outbox=self.outbox,
+            birth=self._birth,
+            on_desired=self._on_desired,
+            on_command=lambda *_: None,
         )
 
-    def start(self) -> None:
-        """Power on."""
-        self.boot += 1
-        for part in PROGRAMS:
-            self.begin(part)
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker answered and has not been lost since."""
+        return self._session.is_connected
 
-    def begin(self, part: str) -> None:
-        """A program starts."""
-        if part == "agent":
-            self.link.agent_runs = True
-            self.link.say("agent.started", "")
-            self.link.changed()
-        else:
-            self.runs[part] = True
-            if part == "warden" and self.link.agent_runs:
-                self.hear(*self._passed_on)
-            self.wake()
+    @property
+    def ready(self) -> set[str]:
+        """Deployments that this box says it serves."""
+        return {status.spec.deployment for status in self._replicas.values() if status.phase == "ready"}
 
-    def end(self, part: str, *, again_s: float | None) -> None:
-        """A program ends; systemd starts it again after so long, if at all."""
-        if part == "agent":
-            self.link.agent_runs = False
-            self.link.changed()
-        else:
-            self.runs[part] = False
-        if again_s is not None:
-            boot = self.boot
-            self.fleet.clock.after(again_s, lambda: self.begin(part) if self.boot == boot else None)
+    def look_back(self, seconds: float, deployments: list[str]) -> None:
+        """Have so long a backlog of samples, as of a box that served the deployments while it was cut off."""
+        count = int(seconds / self._sample_every_s)
+        now_ms = time.time_ns() // 1_000_000
+        for index in range(count):
+            sample = self._sample(deployments, at_ms=now_ms - int((count - index) * self._sample_every_s * 1000))
+            self.outbox.add_sample(sample, sent_at_ms=0)
 
-    def power_off(self) -> None:
-        """Everything that runs is gone; the disk is not."""
-        self.boot += 1
-        self.seen = {}
-        for part in PROGRAMS:
-            self.end(part, again_s=None)
+    def quieten(self) -> None:
+        """Nothing new from here on."""
+        self._quiet.set()
 
-    def end_worker(self, which: int) -> None:
-        """A sandbox ends."""
-        running = sorted(name for name, one in self.seen.items() if one.phase == "running")
-        if running:
-            name = running[which % len(running)]
-            self.seen[name] = msgspec.structs.replace(
-                self.seen[name], phase="dead", is_ready=False, retry_at=self.fleet.clock.now_s + RESTART_S
-            )
-            self.fleet.clock.after(RESTART_S, self.wake)
-            self.wake()
+    async def run(self, stop: asyncio.Event) -> None:
+        """Be a box until ``stop`` is set."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._session.run(stop), name=f"{self.node}.session")
+            tasks.create_task(self._sample_on(), name=f"{self.node}.samples")
+            tasks.create_task(self._happen_on(), name=f"{self.node}.events")
+            converging = tasks.create_task(self._converge(), name=f"{self.node}.warden")
+            await stop.wait()
+            self.quieten()
+            converging.cancel()
+        self.outbox.close()
 
-    def hear(self, generation: int, replicas: list[ReplicaSpec]) -> None:
-        """A document, which the agent holds for a warden that is not there; it is on disk from then on, for which room is kept."""
-        self._passed_on = max(self._passed_on, (generation, replicas), key=lambda one: one[0])
-        if self.runs["warden"] and generation > self.generation:
-            self.generation, self.told = generation, replicas
-            self.say("desired.accepted", f"{generation}")
-        self.wake()
+    # -- the agent's inventory
 
-    def say(self, kind: str, subject: str) -> None:
-        """Through the agent, where it runs: the warden's own journal is not pretended here."""
-        if self.link.agent_runs and not self.is_full:
-            self.link.say(kind, subject)
+    def _birth(self, session_epoch: int) -> Birth:
+        return Birth(
+            tier="edge",
+            labels={"site": self.node, "region": "simulated"},
+            gateway_url=f"http://{self.node}.invalid:8080",
+            boot_id=f"boot-{self.node}",
+            session_epoch=session_epoch,
+            version=__version__,
+            cpus=4,
+            memory_bytes=MEMORY_BYTES,
+            gpus=[Gpu(f"GPU-{self.node}", "simulated", 16384, "0")],
+            rungs=["process", "container"],
+            outbox_epoch=self.outbox.epoch,
+            desired_generation=self.desired.generation if self.desired else 0,
+        )
 
-    def wake(self) -> None:
-        """Look soon."""
-        if not self._is_due:
-            self._is_due = True
-            self.fleet.clock.after(0.01, self._look)
+    # -- the pretended warden
 
-    def _look(self) -> None:
-        self._is_due = False
-        if not self.runs["warden"]:
-            return
-        now_s = self.fleet.clock.now_s
-        told = {spec.name: spec for spec in self.told}
-        self.served = {name: spec for name, spec in self.served.items() if name in told}
-        aim = predecessor.aim(told, self.seen, served=self.served, here=self.models)
-        found = diff.next_steps(aim.want, aim.seen, warm={}, limits=Limits(MEMORY_BYTES, {}), now=now_s).steps
-        moved = [self._do(step) for step in found]
-        if any(moved):
-            self.wake()
-        self._ask_for({spec.model.sha256 for spec in self.told} - self.models)
-        self.report()
+    def _on_desired(self, envelope: bytes) -> None:
+        desired = signing.verify(envelope, Desired, self._trusted, context=signing.DESIRED_CONTEXT)
+        if self.desired is None or desired.generation > self.desired.generation:
+            self.desired = desired
+            self._wanted.set()
 
-    def _ask_for(self, missing: set[str]) -> None:
-        """Models come over the link, one look after the other."""
-        if missing:
-            if self.link.is_open and not self.is_full:
-                self.fleet.clock.after(FETCH_S, lambda: self.models.update(missing))
-            self.fleet.clock.after(FETCH_S + 0.5, self.wake)
-
-    def _do(self, step: diff.Step) -> bool:
-        match step:
-            case diff.Fetch(spec):
-                if spec.model.sha256 not in self.models:
-                    return False
-                self.seen[f"{spec.name}-{next(self._sandboxes)}"] = Seen(spec, "fetched")
-            case diff.Start(spec):
-                self._start(spec)
-            case diff.Drain(sandbox):
-                now_s = self.fleet.clock.now_s
-                self.seen[sandbox] = msgspec.structs.replace(
-                    self.seen[sandbox], phase="draining", is_ready=False, drained_at=now_s + DRAIN_S
+    async def _converge(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            desired = self.desired
+            assert desired is not None  # noqa: S101 - set with the event
+            wanted = {spec.name: spec for spec in desired.replicas}
+            self._replicas = {name: status for name, status in self._replicas.items() if wanted.get(name) == status.spec}
+            fresh = [spec for name, spec in wanted.items() if name not in self._replicas]
+            self._replicas |= {spec.name: ReplicaStatus(spec, "starting", driver="simulated", rung="process") for spec in fresh}
+            self._report()
+            await asyncio.sleep(self._chance.uniform(*START_S) if fresh else 0)
+            for spec in fresh:
+                self._replicas[spec.name] = ReplicaStatus(
+                    spec, "ready", driver="simulated", rung="process", provider="CPUExecutionProvider"
                 )
-                self.fleet.clock.after(DRAIN_S, self.wake)
-            case diff.Remove(sandbox):
-                self.say("replica.removed", self.seen.pop(sandbox).spec.name)
-            case _:
-                raise AssertionError(step)
-        return True
+                self._session.say_event("replica.ready", spec.name, f"generation {spec.generation}")
+            self._report()
 
-    def _start(self, spec: ReplicaSpec) -> None:
-        sandbox = next(name for name, one in self.seen.items() if one.spec == spec and one.phase == "fetched")
-        self.seen[sandbox] = Seen(spec, "running")
-        self.say("replica.started", spec.name)
-        self.fleet.clock.after(self.fleet.chance.uniform(*START_S), lambda: self._ready(sandbox))
+    def _report(self) -> None:
+        self._session.report(report_of(self.desired, self._replicas, {}, Withheld(), ""))
 
-    def _ready(self, sandbox: str) -> None:
-        one = self.seen.get(sandbox)
-        if one is not None and one.phase == "running" and not one.is_ready:
-            self.seen[sandbox] = msgspec.structs.replace(one, is_ready=True)
-            if one.spec in self.told:
-                self.served[one.spec.name] = one.spec
-            self.say("replica.ready", one.spec.name)
-            self.wake()
+    # -- the pretended gateway and machine
 
-    def ready(self) -> frozenset[str]:
-        """Replicas that answer as they are wanted."""
-        return frozenset(one.spec.name for one in self.seen.values() if one.is_ready and one.phase == "running" and one.spec in self.told)
+    async def _sample_on(self) -> None:
+        await lifecycle.sleep_until(self._quiet, self._chance.uniform(0, self._sample_every_s))  # not all boxes at one moment
+        while not await lifecycle.sleep_until(self._quiet, self._sample_every_s):
+            await self._session.offer(self._sample(sorted(self.ready), at_ms=time.time_ns() // 1_000_000), None)
 
-    def report(self) -> None:
-        """Tell the coordinator how it is."""
-        generation, ready = self.generation, self.ready()
-        self.link.send(lambda: self.fleet.reported(self.name, generation, ready))
+    def _sample(self, deployments: list[str], *, at_ms: int) -> Sample:
+        events, samples = self.outbox.depth()
+        self.sampled += 1
+        busy = self._chance.uniform(0.1, 0.9)
+        return Sample(
+            epoch=self.outbox.epoch,
+            seq=self.outbox.next_sample_seq(),
+            at_ms=at_ms,
+            cpu_ratio=round(busy, 4),
+            memory_used_bytes=int(busy * MEMORY_BYTES),
+            gpus=[GpuSample(f"GPU-{self.node}", busy, int(busy * 16384), 40 + 40 * busy, 30 + 120 * busy)],
+            serve=[self._serve(deployment) for deployment in deployments],
+            outbox_events=events,
+            outbox_samples=samples,
+        )
+
+    def _serve(self, deployment: str) -> ServeSample:
+        """One interval's answers, some by the cloud, with a latency each; counted in ``served``."""
+        edge, cloud, refused = self._chance.randint(5, 40), self._chance.randint(0, 3), self._chance.randint(0, 1)
+        histogram = Counter(latency.bucket_of(self._chance.lognormvariate(2.0, 0.5)) for _ in range(edge + cloud))
+        self.served.setdefault(deployment, Counter()).update({"edge": edge, "cloud": cloud, "refused": refused})
+        return ServeSample(deployment, edge=edge, cloud=cloud, refused=refused, latency=dict(histogram))
+
+    async def _happen_on(self) -> None:
+        number = 0
+        while not await lifecycle.sleep_until(self._quiet, self._event_every_s * self._chance.uniform(0.5, 1.5)):
+            number += 1
+            self._session.say_event("simulated.happened", self.node, f"the {number}th thing on {self.node}")

@@ -16,7 +16,7 @@ import msgspec
 from sqlite_utils import Database
 
 from sim import checker, faults
-from sim.fleet import BOXES, Fleet, clear, empty_registry
+from sim.virtual_fleet import BOXES, Fleet, clear, empty_registry
 
 RECOVERY_S = {"gateway": 1.0, "memory": 3.0, "reboot": 6.0, "disk_read_only": 6.0}
 """How long a box may take, once it is over, to answer as before. What is not here must cost no answer."""

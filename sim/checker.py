@@ -1,6 +1,6 @@
 """Whether a fleet kept its promises through what befell it, judged from what was written down alone. Pure.
 
-It is fed by real fleets (tests/chaos) and by those on a virtual clock (sim/fleet.py), and knows of neither.
+It is fed by real fleets (tests/chaos) and by those on a virtual clock (sim/virtual_fleet.py), and knows of neither.
 """
 
 from collections import Counter, defaultdict

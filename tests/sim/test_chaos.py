@@ -4,7 +4,7 @@ import pytest
 
 from sim import faults
 from sim.chaos import one, some
-from sim.fleet import empty_registry
+from sim.virtual_fleet import empty_registry
 
 SECONDS = 60.0
 

@@ -17,11 +17,11 @@ from coordinator.core.liveness import Contact, Ear, counts_again_at_ms
 from coordinator.core.planner import BoxPlan, Node, Wanted, is_doubled, plan
 from coordinator.registry import events
 from coordinator.registry.migrations import migrate
-from sim.box import MEMORY_BYTES, PROGRAMS, RESTART_S, Box
 from sim.checker import BoxState, Kept, Request
-from sim.clock import Clock
 from sim.faults import LINK, Fault
-from sim.link import KEEPALIVE_S, RECONNECT_S, WILL_DELAY_S, Link
+from sim.virtual_box import MEMORY_BYTES, PROGRAMS, RESTART_S, Box
+from sim.virtual_clock import Clock
+from sim.virtual_link import KEEPALIVE_S, RECONNECT_S, WILL_DELAY_S, Link
 from skerry.wire.messages import Event, ModelRef
 
 WATCHDOG_S = 10.0

@@ -9,7 +9,7 @@ from sim.checker import Kept
 from skerry.wire.messages import Event
 
 if TYPE_CHECKING:
-    from sim.fleet import Fleet
+    from sim.virtual_fleet import Fleet
 
 KEEPALIVE_S, WILL_DELAY_S = 3.0, 1.0
 """After how long a dead link is noticed, on both sides, and how long the broker then waits."""

@@ -43,4 +43,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What models may take of the disk, as far as others than those that are deployed and their predecessors can go for it."""
     disk_reserve_bytes: Annotated[int, msgspec.Meta(ge=0)] = 192 * 2**20
     """Models that are not deployed go while less of the disk is free."""
+    logs_bytes: Annotated[int, msgspec.Meta(ge=2**20)] = 256 * 2**20
+    """What the logs of all sandboxes may take of the disk together, 8 MiB of it one sandbox's, less where there are many."""
     journal_entries: Annotated[int, msgspec.Meta(ge=100, le=1_000_000)] = 10_000

@@ -103,7 +103,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         config,
         offer=offer,
         store=store,
-        slots=Slots(config.state_dir / "sandboxes", uid_first=config.uid_first),
+        slots=Slots(config.state_dir / "sandboxes", uid_first=config.uid_first, logs_bytes=config.logs_bytes),
         journal=journal,
         limits=limits_of(config),
         desired=desired,

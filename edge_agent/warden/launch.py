@@ -55,6 +55,7 @@ def sandbox_spec(name: str, slot: Slot, slots: Slots) -> SandboxSpec:
         memory_bytes=kind.memory_bytes,
         cpus=kind.cpus,
         uid=slot.uid,
+        log_max_bytes=slot.log_max_bytes,
         gpus=[slot.gpu] if slot.gpu else [],
         image=kind.image,
         server=_server_of(replica),

@@ -23,6 +23,8 @@ from skerry.wire.messages import ReplicaSpec
 RUN_MAX_BYTES = 4 * 2**20
 RUN_MAX_ENTRIES = 64
 """A socket directory holds two sockets; whoever puts more there is filling the box's disk."""
+LOG_MOST_BYTES, LOG_LEAST_BYTES = 8 * 2**20, 64 * 2**10
+"""What one sandbox's log may take."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -76,16 +78,22 @@ class Slot(msgspec.Struct, frozen=True):
     gpu: str = ""
     attempts: Attempts = Attempts()
     is_warm: bool = False
+    log_max_bytes: int = LOG_MOST_BYTES
     given_up: str = ""
     """Why it is in a crash loop; empty where it is not."""
 
 
 class Slots:
-    """The slots below ``root``. User ids are given out from ``uid_first`` on, each to one slot at a time."""
+    """The slots below ``root``. User ids are given out from ``uid_first`` on, each to one slot at a time.
 
-    def __init__(self, root: Path, *, uid_first: int) -> None:
+    ``logs_bytes`` is what the logs of all sandboxes may take together: a new one is granted half of what the others leave at the most, and
+    LOG_LEAST_BYTES at the least.
+    """
+
+    def __init__(self, root: Path, *, uid_first: int, logs_bytes: int = 2**63) -> None:
         self._root = root
         self._uid_first = uid_first
+        self._logs_bytes = logs_bytes
         self.boot_id = _BOOT_ID.read_text().strip()
         root.mkdir(parents=True, exist_ok=True)
         self._held: dict[str, Slot] = {}
@@ -113,7 +121,9 @@ class Slots:
         """Make a slot, before its sandbox is started. Raises OSError."""
         used = {slot.uid for slot in self._held.values()}
         uid = next(uid for uid in range(self._uid_first, self._uid_first + len(used) + 1) if uid not in used)
-        slot = Slot(driver, uid, kind, self.boot_id, replica, gpu, attempts, is_warm=replica is None)
+        left = self._logs_bytes - sum(slot.log_max_bytes for slot in self._held.values())
+        log_max_bytes = max(LOG_LEAST_BYTES, min(LOG_MOST_BYTES, left // 2))
+        slot = Slot(driver, uid, kind, self.boot_id, replica, gpu, attempts, is_warm=replica is None, log_max_bytes=log_max_bytes)
         folder = self._root / name
         self._erase(folder)
         folder.mkdir(mode=0o755)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_agent.core.crash import Attempts
 from edge_agent.core.pool import Kind
-from edge_agent.warden.slots import RUN_MAX_BYTES, RUN_MAX_ENTRIES, Slots
+from edge_agent.warden.slots import LOG_LEAST_BYTES, RUN_MAX_BYTES, RUN_MAX_ENTRIES, Slots
 from skerry.wire.messages import ModelRef, ReplicaSpec
 from tests.nobody import run_as_nobody
 
@@ -29,6 +29,35 @@ def open_slot(slots: Slots, name: str, replica: ReplicaSpec | None = REPLICA, mo
 
 def slots_of(root) -> Slots:
     return Slots(root, uid_first=UID_FIRST)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["open", "open", "close", "again"]), st.integers(0, 30)), max_size=60),
+    st.sampled_from([1, 5, 40, 256]),
+)
+@settings(deadline=None, max_examples=50)
+def test_the_logs_of_all_sandboxes_together_have_a_bound_that_a_restart_keeps_and_none_has_nothing(tmp_path_factory, doings, logs_mib):
+    root = tmp_path_factory.mktemp("slots") / "sandboxes"
+
+    def make() -> Slots:
+        return Slots(root, uid_first=UID_FIRST, logs_bytes=logs_mib * 2**20)
+
+    slots = make()
+    for doing, number in doings:
+        name = f"s{number}"
+        if doing == "open" and name not in slots.all():
+            assert LOG_LEAST_BYTES <= open_slot(slots, name).log_max_bytes <= 8 * 2**20
+        elif doing == "close":
+            slots.close(name)
+        elif doing == "again":
+            slots = make()
+        granted = [slot.log_max_bytes for slot in slots.all().values()]
+        assert sum(granted) <= logs_mib * 2**20 + LOG_LEAST_BYTES * granted.count(LOG_LEAST_BYTES)
+
+
+def test_a_box_with_few_sandboxes_gives_each_the_most_and_one_with_many_less_and_less(root):
+    slots = Slots(root, uid_first=UID_FIRST, logs_bytes=32 * 2**20)
+    assert [open_slot(slots, f"s{number}").log_max_bytes // 2**20 for number in range(5)] == [8, 8, 8, 4, 2]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["open", "close", "again"]), st.sampled_from("abcdefg")), max_size=40))

@@ -122,6 +122,7 @@ class Census:
                 self._silent.discard(driver)
             except DriverFailed as exc:
                 logger.warning("driver.silent", driver=driver.name, reason=str(exc))
+                self._silent.add(driver)
         return heard
 
     def _adopt(self, name: str, driver: Driver, ending: Ending | None) -> None:

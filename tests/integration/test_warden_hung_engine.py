@@ -193,6 +193,27 @@ def test_after_a_boot_what_only_the_engine_can_run_waits_for_it_and_is_not_given
     box.play(scene)
 
 
+def test_what_an_engine_that_is_down_should_start_waits_for_it_and_is_not_given_up(tmp_path):
+    box = Rungs(tmp_path, crash_loop_after=6)
+
+    async def scene():
+        async with box.up():
+            engines, plain = box.both()
+            await box.want(plain)
+            await box.until_ready()
+            box.engine.fail |= {"sandboxes", "start", "stop", "stats"}
+            await box.looked(3)
+            await box.want(engines, plain)
+            for _ in range(4):
+                await box.plain_is_as_ever()
+            assert not box.report("e-0").is_crash_loop
+            box.engine.fail.clear()
+            await box.until_ready("e-0")
+            assert box.entries("replica.crash_loop") == []
+
+    box.play(scene)
+
+
 def test_a_kind_of_sandbox_that_does_not_answer_when_it_is_tried_holds_no_other_up(box):
     async def scene():
         async with box.up():

@@ -267,8 +267,12 @@ class Reconciler:
         """What answers as it is wanted is what this box falls back on."""
         if self.desired is None:
             return
-        now, wanted = time.monotonic(), self.desired.replicas
-        ready = [known for known in self._known.values() if known.phase == "running" and known.ready and known.spec in wanted]
+        now, wanted = time.monotonic(), {spec.name: spec for spec in self.desired.replicas}
+        ready = [
+            known
+            for known in self._known.values()
+            if known.phase == "running" and known.ready and known.spec == wanted.get(known.spec.name)
+        ]
         self._served.note([(known.spec, now - known.ready_since) for known in ready], self.desired)
         self._distrusted -= {known.spec.name for known in ready}
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Collection
 
@@ -12,6 +13,7 @@ from edge_agent.warden.offer import Offer
 from edge_agent.warden.ports import Driver, DriverFailed, Ending, Sandbox
 from edge_agent.warden.roster import Known, Roster
 from edge_agent.warden.slots import Slot, Slots
+from edge_agent.warden.under_way import UnderWay
 from edge_agent.warden.warm import WarmPool
 from skerry.runtime import log
 from skerry.wire.messages import ReplicaSpec
@@ -23,7 +25,7 @@ DRIVER_POLL_S = 0.2
 LATELY_S = 1.5
 USAGE_POLL_S = 5.0
 ASK_AGAIN_S = 5.0
-ANSWERS_WITHIN_S, REMOVED_WITHIN_S = 2.0, 10.0
+ANSWERS_WITHIN_S = 2.0
 """A driver whose engine takes longer is silent: the others are not held up by it."""
 SUSPECT_POLL_S, SUSPECT_FOR_S = 0.01, 0.5
 """How often and how long the driver of a replica whose worker hung up is asked: an engine hears of it a moment later."""
@@ -60,6 +62,7 @@ class Census:
         self._asked: dict[Driver, tuple[float, asyncio.Task[list[Sandbox]]]] = {}
         self._silent: set[Driver] = set()
         self._adopted: set[Driver] = set()
+        self._removing = UnderWay(wake)
 
     @property
     def due_at(self) -> list[float]:
@@ -243,21 +246,22 @@ class Census:
 
     async def _remove_orphans(self, now: float) -> None:
         """What carries our label and is on no record, once its grace is over. What is not ours no driver lists."""
-        for name, (driver, due_at) in list(self._orphans.items()):
-            if now < due_at:
-                continue
-            try:
-                if why_not := self.why_not(driver):
-                    raise DriverFailed(why_not)
-                await asyncio.wait_for(driver.stop(name, grace_s=0), REMOVED_WITHIN_S)
-            except (DriverFailed, TimeoutError) as exc:
-                logger.warning("orphan.not_removed", sandbox=name, reason=str(exc) or "no answer")
-                self._orphans[name] = (driver, now + ASK_AGAIN_S)
-                continue
-            del self._orphans[name]
-            if name not in self._slots.all():
-                self._roster.say("sandbox.orphan_removed", name, driver.name)
-            self._slots.close(name)
+        due = [(name, driver) for name, (driver, due_at) in self._orphans.items() if now >= due_at]
+        self._orphans |= {name: (driver, now + ASK_AGAIN_S) for name, driver in due}
+        removals = [(name, functools.partial(self._remove_orphan, name, driver)) for name, driver in due if not self.why_not(driver)]
+        await self._removing.take(removals, within_s=ANSWERS_WITHIN_S)
+
+    async def _remove_orphan(self, name: str, driver: Driver) -> bool:
+        try:
+            await driver.stop(name, grace_s=0)
+        except DriverFailed as exc:
+            logger.warning("orphan.not_removed", sandbox=name, reason=str(exc))
+            return False
+        del self._orphans[name]
+        if name not in self._slots.all():
+            self._roster.say("sandbox.orphan_removed", name, driver.name)
+        self._slots.close(name)
+        return True
 
     async def _ask_ready(self, name: str, known: Known, now: float) -> None:
         line = await launch.connect(self._slots.socket_dir(name))
@@ -283,7 +287,8 @@ class Census:
         task.add_done_callback(suspect)
 
     async def close(self) -> None:
-        """Hang up."""
+        """Hang up, and let removals end."""
+        await self._removing.end(within_s=ANSWERS_WITHIN_S)
         lines = list(self._lines.values())
         for line in lines:
             line.cancel()

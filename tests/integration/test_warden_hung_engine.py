@@ -121,6 +121,29 @@ def test_an_end_that_hangs_is_waited_for_alone_and_happens_in_the_end(box):
     box.play(scene)
 
 
+def test_the_removal_of_an_orphan_that_hangs_is_waited_for_alone_and_happens_in_the_end(box):
+    async def scene():
+        async with box.up():
+            await box.want(*box.both())
+            await box.until_ready()
+        for path in box.config.state_dir.glob("sandboxes/e-0*/slot.json"):
+            path.unlink()  # nobody knows any more whose it is
+        (orphan,) = box.engines()
+        box.config = msgspec.structs.replace(box.config, orphan_grace_s=0)
+        box.engine.hang.add("stop")
+        async with box.up():
+            await box.until_ready()
+            await box.plain_is_as_ever()
+            assert orphan in box.engines()
+            assert len(box.engines()) == 2
+            box.engine.hang.clear()
+            await box.until(lambda: orphan not in box.engines())
+            assert len(box.engines()) == 1
+            assert [entry.subject for entry in box.entries("sandbox.orphan_removed")] == [orphan]
+
+    box.play(scene)
+
+
 def test_a_worker_that_ends_while_its_engine_hangs_is_out_of_the_routes_and_started_again_when_it_answers(box):
     async def scene():
         async with box.up():

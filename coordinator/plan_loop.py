@@ -18,7 +18,7 @@ from coordinator.registry.database import Database, RegistryFailed
 from coordinator.session import NotConnected
 from coordinator.signer.client import Signer, SignerAbsent
 from skerry.runtime import lifecycle, log
-from skerry.wire import codec
+from skerry.wire import codec, model_signature
 from skerry.wire.bundle import Bundle
 from skerry.wire.identity import SITE
 from skerry.wire.messages import Addresses, Desired, ReplicaSpec
@@ -199,7 +199,7 @@ def _signatures_of(replicas: list[ReplicaSpec], stored: Mapping[tuple[str, int],
     """Who vouches for what a box is to run."""
     wanted = sorted({(spec.model.name, spec.model.version) for spec in replicas})
     found = ((key, stored[key].signature) for key in wanted if key in stored)
-    return {f"{name}/{version}": signature for (name, version), signature in found if signature is not None}
+    return {model_signature.key_of(name, version): signature for (name, version), signature in found if signature is not None}
 
 
 def _with_untold(outcome: planner.Outcome, untold: Mapping[str, str]) -> planner.Outcome:

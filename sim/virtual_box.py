@@ -121,7 +121,7 @@ class Box:
         told = {spec.name: spec for spec in self.told}
         self.served = {name: spec for name, spec in self.served.items() if name in told}
         aim = predecessor.aim(told, self.seen, served=self.served, here=self.models)
-        found = diff.next_steps(aim.want, aim.seen, warm={}, limits=Limits(MEMORY_BYTES, {}), now=now_s).steps
+        found = diff.next_steps(aim.want, aim.shown(self.seen), warm={}, limits=Limits(MEMORY_BYTES, {}), now=now_s).steps
         moved = [self._do(step) for step in found]
         if any(moved):
             self.wake()

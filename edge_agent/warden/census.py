@@ -193,7 +193,7 @@ class Census:
             self._usage_seen_at = now
             await self._look_at_usage()
             self._look_at_refusals()
-        starting = [(name, k) for name, k in self._roster.known.items() if k.phase == "running" and not k.ready and not k.is_moving]
+        starting = [(name, k) for name, k in self._roster.known.items() if k.is_awaited]
         await asyncio.gather(*(self._ask_ready(name, known, now) for name, known in starting))
 
     async def _look_at(self, driver: Driver, asked_at: float, listed: list[Sandbox]) -> None:

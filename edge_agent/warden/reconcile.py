@@ -198,7 +198,7 @@ class Reconciler:
 
     async def _rest(self, stop: asyncio.Event) -> None:
         """Until something asks for a look, or it is time for one."""
-        starting = [name for name, k in self._known.items() if k.phase == "running" and not k.ready and not k.is_moving]
+        starting = [name for name, k in self._known.items() if k.is_awaited]
         is_settled = not starting and not any(k.phase == "fetched" for k in self._known.values())
         able = [driver for driver in self._drivers if not self._census.why_not(driver)]
         warms = is_settled and await self._warm.tend(able, free_bytes=self._free_for_warm())
@@ -241,7 +241,8 @@ class Reconciler:
         self._roster.take_over(aim.want)
         self._warm.notice()  # only now: one that came to wait while nothing happened is taken too
         takes = {spec.name: self._warm.takes(spec, driver) for spec in aim.want.values() if (driver := self._driver_for(spec)) is not None}
-        plan = diff.next_steps(aim.want, aim.seen, warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
+        seen = aim.shown(self._roster.seen())  # as it was taken over
+        plan = diff.next_steps(aim.want, seen, warm=self._warm.holdings, limits=self._limits, now=now, takes=takes)
         self._waiting = plan.waiting
         ended = {name for name, known in self._known.items() if known.phase == "dead"}
         is_quiet = all(isinstance(step, diff.Fetch) or (isinstance(step, diff.Remove) and step.sandbox in ended) for step in plan.steps)

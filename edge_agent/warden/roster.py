@@ -53,6 +53,11 @@ class Known(msgspec.Struct):
         return self.phase in ("running", "draining") and self.ready_since > 0
 
     @property
+    def is_awaited(self) -> bool:
+        """Whether its worker was started and has not answered yet."""
+        return self.phase == "running" and not self.ready and not self.is_moving
+
+    @property
     def exists(self) -> bool:
         """Whether there is a sandbox that should run."""
         return self.phase in ("running", "draining")

@@ -7,7 +7,7 @@ import msgspec
 
 from edge_agent.core import diff
 from skerry.runtime import durable, log
-from skerry.wire import codec
+from skerry.wire import codec, model_signature
 from skerry.wire.bundle import Bundle
 from skerry.wire.messages import Desired, ReplicaSpec
 
@@ -62,4 +62,4 @@ class Served:
 
 
 def _key(spec: ReplicaSpec) -> str:
-    return f"{spec.model.name}/{spec.model.version}"
+    return model_signature.key_of(spec.model.name, spec.model.version)

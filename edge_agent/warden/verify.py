@@ -66,7 +66,7 @@ def unvouched(desired: Desired | None, keys: Sequence[EllipticCurvePublicKey] | 
     reasons = {}
     for replica in desired.replicas:
         model = replica.model
-        signature = desired.signatures.get(f"{model.name}/{model.version}")
+        signature = desired.signatures.get(model_signature.key_of(model.name, model.version))
         try:
             model_signature.verify(signature, keys, name=model.name, version=model.version, sha256=model.sha256)
         except model_signature.NotVouched as exc:

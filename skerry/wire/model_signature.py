@@ -76,7 +76,12 @@ class _Statement(msgspec.Struct, frozen=True, rename={"type": "_type", "predicat
 
 def path_of(name: str, version: int) -> str:
     """Where a model's file lies in a repository, which is what its signature says that it is."""
-    return f"{name}/{version}/model.onnx"
+    return f"{key_of(name, version)}/model.onnx"
+
+
+def key_of(name: str, version: int) -> str:
+    """By what ``Desired.signatures`` knows a model."""
+    return f"{name}/{version}"
 
 
 def hint_of(key: ec.EllipticCurvePublicKey) -> str:

@@ -137,7 +137,7 @@ def test_the_removal_of_an_orphan_that_hangs_is_waited_for_alone_and_happens_in_
             assert orphan in box.engines()
             assert len(box.engines()) == 2
             box.engine.hang.clear()
-            await box.until(lambda: orphan not in box.engines())
+            await box.until(lambda: orphan not in box.engines() and box.entries("sandbox.orphan_removed"))
             assert len(box.engines()) == 1
             assert [entry.subject for entry in box.entries("sandbox.orphan_removed")] == [orphan]
 

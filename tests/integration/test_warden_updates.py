@@ -232,3 +232,21 @@ def test_a_real_file_that_is_no_model_is_given_up_with_the_runtimes_reason_and_t
             assert await answer_of(box.socket()) == (10, 20, 30)
 
     box.play(scene)
+
+
+@pytest.mark.parametrize("update", ["recreate", "hand_over"])
+def test_what_does_not_change_how_a_replica_runs_leaves_its_sandbox_and_begins_no_other(folder, update):
+    box = Box(folder)
+
+    async def scene():
+        async with box.up():
+            await box.want(box.spec(update=update))
+            await settled(box)
+            before = box.report().sandbox
+            await box.want(box.spec(update=update, stop_after_ms=86_400_000))
+            await box.looked(5)
+            assert (box.report().phase, box.report().sandbox) == ("ready", before)
+            assert box.kinds("d-0") == ["replica.started", "replica.ready"]
+            assert set(box.slots.all()) == {before}
+
+    box.play(scene)

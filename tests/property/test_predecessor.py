@@ -38,7 +38,7 @@ class Box:
         for _ in range(60):
             barred = {"d-0"} if self.want.model.version in self.barred else set()
             found = aim({"d-0": self.want}, self.seen, served=self.served, here=self.here, barred=barred)
-            steps = diff.next_steps(found.want, found.seen, warm={}, limits=Limits(10**6, {}), now=0.0).steps
+            steps = diff.next_steps(found.want, found.shown(self.seen), warm={}, limits=Limits(10**6, {}), now=0.0).steps
             if not any(self._do(step, barred) for step in steps):
                 return
         raise AssertionError("it does not come to rest")

@@ -211,16 +211,18 @@ class FakeDriver:
         self.limits = "none"
         self._world = world
 
-    async def _follow_script(self, method: str) -> None:
+    async def _hang(self, method: str) -> None:
         while method in self._world.hang:
             await asyncio.sleep(0.01)
+
+    async def _follow_script(self, method: str) -> None:
+        await self._hang(method)
         if method in self._world.fail:
             raise DriverFailed(f"{method} fails, as the script says")
 
     async def probe(self) -> str:
         """See Driver."""
-        while "probe" in self._world.hang:
-            await asyncio.sleep(0.01)
+        await self._hang("probe")
         return "the script says that this driver does not work" if "probe" in self._world.fail else ""
 
     async def start(self, spec: SandboxSpec) -> None:

@@ -12,7 +12,7 @@ FUZZ_ONLY ?=
 # What pip says, as one line a package.
 SHOW := sed -u -n -E 's/^ *Collecting ([A-Za-z0-9._-]+).*/  fetching \1/p; s/^(Installing collected packages).*/  installing/p; /^ERROR/p'
 
-.PHONY: help demo setup check fix test lock fuzz chaos sbom schema clean
+.PHONY: help demo setup check fix test test-boxes lock fuzz chaos release sbom schema clean
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -60,12 +60,23 @@ lock: ## resolve the requirements again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group mlserver -o requirements/mlserver.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group fuzz -o requirements/fuzz.txt
 
+RELEASE_OPTIONS ?=
+RELEASE_FOR ?=
+release: setup ## all that a box or a coordinator needs, in one file, build/skerry-VERSION.tar; for others RELEASE_OPTIONS="--python-version 3.13" RELEASE_FOR="--python 3.13"
+	@rm -rf build/wheels build/lib && mkdir -p build/wheels
+	@set -o pipefail; $(BIN)/python -m pip download --disable-pip-version-check --progress-bar off --require-hashes --only-binary :all: $(RELEASE_OPTIONS) -r requirements/box.txt -d build/wheels 2>&1 | $(SHOW)
+	@$(BIN)/python -m pip wheel -qqq --disable-pip-version-check --no-deps --no-build-isolation -w build/wheels . 2>/dev/null
+	@$(BIN)/skerry release build --wheels build/wheels --requirements requirements/box.txt --out build $(RELEASE_FOR)
+
 sbom: setup ## the bill of materials of what boxes and coordinators install, build/sbom.json (CycloneDX)
 	@mkdir -p build
 	@PYTHONWARNINGS=ignore $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --validate --of JSON -o build/sbom.json requirements/box.txt
 
 fuzz: $(VENV)/.fuzz-installed ## every decoder under a fuzzer that is guided by coverage; FUZZ_SECONDS=60 for each, FUZZ_ONLY="gRPC"
 	@$(BIN)/python -m tests.fuzz.atheris_run --seconds "$(FUZZ_SECONDS)" --only "$(FUZZ_ONLY)"
+
+test-boxes: setup ## as root: boxes that boot, installed by Ansible, upgraded, given bad releases (needs systemd-nspawn and mmdebstrap)
+	@SKERRY_REQUIRE=all $(BIN)/python -m pytest tests/boxes --boxes
 
 CHAOS_SEED ?= 1
 CHAOS_SECONDS ?= 60

@@ -45,11 +45,16 @@ class Live:
         for second, served in self._seconds.get(deployment, {}).items():
             if second >= oldest:
                 total = plus(total, served)
-        counts = {name: getattr(total, name) for name in COUNTS}
-        return ServeView(
-            window_s=WINDOW_S,
-            per_second=(total.edge + total.peer + total.cloud) / WINDOW_S,
-            p50_ms=latency.quantile_ms(total.latency, 0.5),
-            p99_ms=latency.quantile_ms(total.latency, 0.99),
-            **counts,
-        )
+        return serve_view(total, WINDOW_S)
+
+
+def serve_view(total: Served, window_s: float) -> ServeView:
+    """What was counted within ``window_s``."""
+    counts = {name: getattr(total, name) for name in COUNTS}
+    return ServeView(
+        window_s=window_s,
+        per_second=(total.edge + total.peer + total.cloud) / window_s,
+        p50_ms=latency.quantile_ms(total.latency, 0.5),
+        p99_ms=latency.quantile_ms(total.latency, 0.99),
+        **counts,
+    )

@@ -1,5 +1,6 @@
 """What the API and the console show, put together from the registry and from what is only true now."""
 
+import functools
 import time
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +10,7 @@ from sqlite_utils import Database as Tables
 from coordinator.core.deployment import Deployment
 from coordinator.core.outlook import outlook
 from coordinator.core.planner import Outcome, Placement
-from coordinator.live import Live
+from coordinator.live import Live, serve_view
 from coordinator.registry import deployments, events, identity, measurements, models, nodes
 from coordinator.registry.database import Database
 from coordinator.registry.deployments import Stored
@@ -245,6 +246,12 @@ class Views:
                 for _, b in sorted(buckets.items())
             ],
         )  # fmt: skip
+
+    async def serve_of(self, node: str, *, window_s: int) -> ServeView:
+        """What one box answered within the last ``window_s``, over all deployments, in whole buckets."""
+        since_s = int(time.time()) - window_s
+        served = await self._database.read(lambda tables: measurements.read_served(tables, since_s=since_s, node=node))
+        return serve_view(functools.reduce(measurements.plus, served, measurements.Served("", since_s, node)), window_s)
 
     async def load(self, node: str, *, minutes: int) -> LoadView:
         """One box's load over time."""

@@ -35,6 +35,7 @@ from skerry.wire.api import (
     Pushed,
     SignatureState,
     Signed,
+    ServeView,
     SplitView,
     StatusView,
 )
@@ -73,6 +74,10 @@ CALLS = [
     Call("GET", "/v1/status", "status", "The fleet at a glance", StatusView),
     Call("GET", "/v1/nodes", "list_nodes", "Every box", list[NodeView]),
     Call("GET", "/v1/nodes/{id}", "show_node", "One box", NodeView),
+    Call(
+        "GET", "/v1/nodes/{id}/serve", "show_serve", "What a box answered lately, and how fast", ServeView,
+        query={"window_s": "5 to 3600, default 60: the last seconds"},
+    ),
     Call("GET", "/v1/nodes/{id}/load", "show_load", "A box's load over time", LoadView, query={"minutes": "1 to 2880, default 15"}),
     Call(
         "GET", "/v1/nodes/{id}/replicas/{replica}/logs", "read_logs", "What a replica's sandbox wrote, asked of its box now", LogsView,
@@ -180,6 +185,11 @@ class Calls:
         if node is None:
             raise _unknown("node", request.match_info["id"], "skerry node list")
         return json_answer(node)
+
+    async def show_serve(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        window_s = number(request, "window_s", 60, least=5, most=3600)
+        return json_answer(await self._views.serve_of(request.match_info["id"], window_s=window_s))
 
     async def show_load(self, request: web.Request) -> web.Response:
         """See CALLS."""

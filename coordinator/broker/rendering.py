@@ -36,7 +36,6 @@ def variables(config: Config, folder: Path) -> dict[str, Any]:
         "broker_port": config.broker.port,
         "broker_config_dir": str(folder),
         "broker_data_dir": str(folder / "data"),
-        "broker_crl_file": "revoked.pem",
         "broker_coordinator_name": COORDINATOR_NAME,
         "broker_max_queued_messages": MAX_QUEUED_MESSAGES,
         "broker_memory_limit_bytes": MEMORY_LIMIT_BYTES,

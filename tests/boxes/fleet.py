@@ -1,0 +1,147 @@
+"""What an operator has: releases, an inventory, Ansible, and a way to ask coordinator and boxes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tests.boxes.machine import Ground, Machine
+
+REPO = Path(__file__).resolve().parents[2]
+ANSIBLE = REPO / "ansible"
+PLAY_WITHIN_S = 900
+FLEET = "shops"
+
+
+class Play(msgspec.Struct, frozen=True):
+    """How a playbook ended: exit status, what it said, how long it took, and each host's counts (``ok``, ``changed``, ``failed`` ...)."""
+
+    status: int
+    text: str
+    took_s: float
+    recap: dict[str, dict[str, int]]
+
+
+class Operator:
+    """Sits on the boxes' network, with ssh and the fleet's inventory."""
+
+    def __init__(self, ground: Ground, hub: Machine, boxes: list[Machine], folder: Path, releases: Path) -> None:
+        self._ground, self.hub, self.boxes, self._folder, self._releases = ground, hub, boxes, folder, releases
+        self.inventory = folder / "inventory.json"
+        self.write_inventory()
+
+    def write_inventory(self, **extra: Any) -> None:
+        """``extra`` are variables of all boxes."""
+        ssh = f"-i {self._ground.key} -o UserKnownHostsFile={self._ground.known_hosts}"
+        names = {machine.name: {"ansible_host": machine.address} for machine in [self.hub, *self.boxes]}
+        edge = {"hosts": {box.name: {"edge_agent_labels": {"site": "one"}} for box in self.boxes}, "vars": extra}
+        common = {
+            "ansible_user": "root", "ansible_ssh_common_args": ssh, "skerry_fleet": FLEET, "skerry_release_dir": str(self._releases),
+            "skerry_broker_host": self.hub.name, "skerry_coordinator_url": f"https://{self.hub.name}:8443", "coordinator_soak": 2,
+            "edge_agent_soak": 10,
+        }  # fmt: skip
+        groups = {"coordinator": {"hosts": {self.hub.name: {}}}, "broker": {"hosts": {self.hub.name: {}}}, "edge": edge}
+        self.inventory.write_text(json.dumps({"all": {"hosts": names, "vars": common, "children": groups}}))
+
+    def play(self, name: str, *options: str, version: str = "") -> Play:
+        """Run a playbook of the collection."""
+        program = Path(sysconfig.get_path("scripts")) / "ansible-playbook"
+        words = [
+            program,
+            "-i",
+            self.inventory,
+            *(["-e", f"skerry_version={version}"] if version else []),
+            *options,
+            ANSIBLE / "playbooks" / f"{name}.yml",
+        ]
+        environment = {
+            "PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(self._folder), "LANG": "C.UTF-8", "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_CONFIG": str(ANSIBLE / "ansible.cfg"), "ANSIBLE_HOST_KEY_CHECKING": "True",
+            "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=60s -o ConnectTimeout=3 -o ServerAliveInterval=2 -o ServerAliveCountMax=2",
+        }  # fmt: skip
+        began = time.monotonic()
+        done = subprocess.run(
+            self._ground.inside(*words), capture_output=True, text=True, timeout=PLAY_WITHIN_S, check=False, env=environment,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return Play(done.returncode, done.stdout + done.stderr, time.monotonic() - began, _recap(done.stdout))
+
+    def api(self, method: str, path: str, body: bytes = b"", *, media: str = "application/json") -> Any:
+        """Ask the coordinator as an operator; raises AssertionError with its answer."""
+        token = (self.hub.root / "var/lib/skerry/coordinator/operator.token").read_text().strip()
+        given = {"url": f"https://{self.hub.name}:8443{path}", "method": method, "token": token, "media": media,
+                 "host": self.hub.address, "ca": str(self.hub.root / "var/lib/skerry/coordinator/ca/root.crt")}  # fmt: skip
+        done = subprocess.run(
+            self._ground.inside(sys.executable, Path(__file__).with_name("ask.py"), json.dumps(given)),
+            capture_output=True, input=body, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr).decode()
+        return json.loads(done.stdout) if done.stdout.strip() else None
+
+
+def _recap(text: str) -> dict[str, dict[str, int]]:
+    found = {}
+    for line in text.partition("PLAY RECAP")[2].splitlines():
+        name, separator, counts = line.partition(" : ")
+        if separator:
+            found[name.strip()] = {key: int(value) for key, _, value in (word.partition("=") for word in counts.split())}
+    return found
+
+
+def release(version: str, folder: Path, wheels: Path, **patches: str) -> Path:
+    """Make a release of this checkout under another version; ``patches`` are lines that are put at the head of a module's own."""
+    tree = folder / f"tree-{version}"
+    shutil.copytree(
+        REPO,
+        tree,
+        ignore=shutil.ignore_patterns(".*", "build", "tests", "bench", "docs", "shared", "*.onnx", "__pycache__", "node_modules"),
+    )
+    shutil.copy(REPO / "edge_agent/worker/small.onnx", tree / "edge_agent/worker/small.onnx")
+    for path, old in (("pyproject.toml", 'version = "{}"'), ("skerry/__init__.py", '__version__ = "{}"')):
+        file = tree / path
+        ours = _version()
+        file.write_text(file.read_text().replace(old.format(ours), old.format(version)))
+    for module, change in patches.items():
+        file = tree / f"{module.replace('__', '/')}.py"
+        old, _, new = change.partition("=>")
+        text = file.read_text()
+        assert old in text, f"{file} has no {old!r}"
+        file.write_text(text.replace(old, new, 1))
+    made = folder / f"wheels-{version}"
+    shutil.copytree(wheels, made)
+    for own in made.glob("skerry-*.whl"):
+        own.unlink()
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-qqq",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        made,
+        tree,
+    ]
+    subprocess.run(pip, check=True, timeout=300)
+    out = folder / f"skerry-{version}.tar"
+    skerry = Path(sysconfig.get_path("scripts")) / "skerry"
+    words = [skerry, "release", "build", "--wheels", made, "--requirements", REPO / "requirements/box.txt", "--out", out]
+    subprocess.run(words, check=True, timeout=300, capture_output=True)
+    shutil.rmtree(tree)
+    shutil.rmtree(made)
+    return out
+
+
+def _version() -> str:
+    from skerry import __version__
+
+    return __version__

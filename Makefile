@@ -76,7 +76,7 @@ fuzz: $(VENV)/.fuzz-installed ## every decoder under a fuzzer that is guided by 
 	@$(BIN)/python -m tests.fuzz.atheris_run --seconds "$(FUZZ_SECONDS)" --only "$(FUZZ_ONLY)"
 
 test-boxes: setup ## as root: boxes that boot, installed by Ansible, upgraded, given bad releases (needs systemd-nspawn and mmdebstrap)
-	@SKERRY_REQUIRE=all $(BIN)/python -m pytest tests/boxes --boxes
+	@SKERRY_REQUIRE=all SKERRY_BOXES=1 $(BIN)/python -m pytest tests/boxes $(BOXES_OPTIONS)
 
 CHAOS_SEED ?= 1
 CHAOS_SECONDS ?= 60

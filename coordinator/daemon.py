@@ -3,6 +3,8 @@
 import asyncio
 import ssl
 import time
+from collections.abc import Sequence
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -13,12 +15,14 @@ from coordinator.accounts.entry import Entry
 from coordinator.accounts.passwords import Passwords
 from coordinator.accounts.provider import Provider
 from coordinator.api import accounts as account_calls
+from coordinator.api import draining as drain_calls
 from coordinator.api import enrolment as enrolment_calls
 from coordinator.api import recovery as recovery_calls
 from coordinator.api.access import Access
 from coordinator.api.accounts import AccountCalls
-from coordinator.api.answers import json_answer, problems, refuse
-from coordinator.api.calls import CALLS, Calls
+from coordinator.api.answers import Handler, json_answer, problems, refuse
+from coordinator.api.calls import CALLS, Call, Calls
+from coordinator.api.draining import DrainCalls
 from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.openapi import document
 from coordinator.api.recovery import RecoveryCalls
@@ -153,9 +157,14 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         commands=commands,
         is_connected=lambda: session.is_connected,
     )
-    joining = EnrolmentCalls(enrolment, access)
-    people = AccountCalls(database, changes, entry, access, public_url=config.public_url)
-    app = make_app(config, calls, joining, people, RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake), access)
+    parts: list[tuple[Sequence[Call], Handlers]] = [
+        (CALLS, calls),
+        (enrolment_calls.CALLS, EnrolmentCalls(enrolment, access)),
+        (account_calls.CALLS, AccountCalls(database, changes, entry, access, public_url=config.public_url)),
+        (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake)),
+        (drain_calls.CALLS, DrainCalls(database, access, news, replan=plan_loop.wake)),
+    ]
+    app = make_app(config, parts, access)
     console.attach(
         app,
         fleet=config.fleet,
@@ -223,15 +232,18 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def make_app(
-    config: Config, calls: Calls, joining: EnrolmentCalls, people: AccountCalls, recovery: RecoveryCalls, access: Access
-) -> web.Application:
+class Handlers(Protocol):
+    """The methods behind some calls of the API."""
+
+    def handler(self, call: Call) -> Handler:
+        """A call's method, behind the check of who calls."""
+
+
+def make_app(config: Config, parts: Sequence[tuple[Sequence[Call], Handlers]], access: Access) -> web.Application:
     """The API under ``/v1``."""
     app = web.Application(middlewares=[problems], client_max_size=config.model_limit_bytes)
-    app.add_routes([web.route(call.method, call.path, calls.handler(call)) for call in CALLS])
-    app.add_routes([web.route(call.method, call.path, joining.handler(call)) for call in enrolment_calls.CALLS])
-    app.add_routes([web.route(call.method, call.path, people.handler(call)) for call in account_calls.CALLS])
-    app.add_routes([web.route(call.method, call.path, recovery.handler(call)) for call in recovery_calls.CALLS])
+    for calls, handlers in parts:
+        app.add_routes([web.route(call.method, call.path, handlers.handler(call)) for call in calls])
     described = document()
 
     async def openapi(request: web.Request) -> web.Response:

@@ -42,7 +42,9 @@ ENVELOPE_BYTES = 512
 """What signing adds to a document."""
 
 
-def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None, ear: Ear) -> planner.Node | None:
+def node_of(
+    stored: nodes.Node, enrolment: identity.Enrolment | None, ear: Ear, drained: nodes.Drained | None = None
+) -> planner.Node | None:
     """A box as the planner sees it; None for one that has not said what it is, and for one that was thrown out.
 
     The tier and labels that it was enrolled with stand above those that it says.
@@ -62,6 +64,7 @@ def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None, ear: Ear) 
         rungs_absent=birth.rungs_absent,
         silent_ms=stored.contact.silent_ms(ear.heard_until_ms),
         ready=frozenset(replica.name for replica in (stored.reported.replicas if stored.reported else []) if replica.phase == "ready"),
+        drained=drained.text if drained else "",
     )
 
 
@@ -102,7 +105,9 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
     nodes.save_ear(tables, ear)
     stored_nodes = nodes.read_nodes(tables)
     _note_lost(tables, stored_nodes, ear, terms.lost_after_ms, now_ms)
-    boxes = [box for stored in stored_nodes if (box := node_of(stored, enrolled.get(stored.id), ear)) is not None]
+    drained = nodes.read_drained(tables)
+    seen = (node_of(stored, enrolled.get(stored.id), ear, drained.get(stored.id)) for stored in stored_nodes)
+    boxes = [box for box in seen if box is not None]
     sites = {box.id: box.labels.get(SITE, "") for box in boxes if box.tier == "edge"}  # the cloud hears of all who were thrown out
     stored_models = {(model.ref.name, model.ref.version): model for model in models.read_models(tables)}
     wanted = [

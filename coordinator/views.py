@@ -14,7 +14,7 @@ from coordinator.live import Live, serve_view
 from coordinator.registry import deployments, events, identity, measurements, models, nodes
 from coordinator.registry.database import Database
 from coordinator.registry.deployments import Stored
-from coordinator.registry.nodes import Node
+from coordinator.registry.nodes import Drained, Node
 from coordinator.vouching import Vouching
 from skerry import __version__
 from skerry.runtime import refusals
@@ -59,10 +59,14 @@ class Views:
                 streams.setdefault(account.node, []).append(account)
             enrolled = identity.read_enrolled(tables)
             specs = {stored.name: stored.spec for stored in deployments.read_deployments(tables)}
+            drained = nodes.read_drained(tables)
             return [
-                self._node(node, told := desired.get(node.id), streams.get(node.id, []), enrolled.get(node.id), _outlook(node, told, specs))
+                self._node(
+                    node, told := desired.get(node.id), streams.get(node.id, []), enrolled.get(node.id), _outlook(node, told, specs),
+                    drained.get(node.id),
+                )
                 for node in nodes.read_nodes(tables)
-            ]
+            ]  # fmt: skip
 
         return await self._database.read(work)
 
@@ -76,7 +80,8 @@ class Views:
             told, enrolment = nodes.read_desired_of(tables, name), identity.read_one(tables, name)
             wanted = {replica.deployment for replica in told.replicas} if told else set()
             specs = {stored.name: stored.spec for stored in deployments.read_deployments(tables) if stored.name in wanted}
-            return self._node(node, told, events.read_accounts(tables, name), enrolment, _outlook(node, told, specs))
+            drained = nodes.read_drained_one(tables, name)
+            return self._node(node, told, events.read_accounts(tables, name), enrolment, _outlook(node, told, specs), drained)
 
         return await self._database.read(work)
 
@@ -87,6 +92,7 @@ class Views:
         streams: list[events.Account],
         enrolment: identity.Enrolment | None,
         coming: list[Outlook],
+        drained: Drained | None,
     ) -> NodeView:
         birth, reported = node.birth, node.reported
         is_out = _is_out(enrolment)
@@ -97,6 +103,8 @@ class Views:
             silent_since_ms=0 if node.online else node.silent_since_ms,
             outlook=coming,
             is_ahead=bool(nodes.ahead(node, desired)),
+            drained_at_ms=drained.at_ms if drained else 0,
+            drain_reason=drained.reason if drained else "",
             tier=enrolment.tier if enrolment else birth.tier if birth else None,
             labels=(birth.labels if birth else {}) | (enrolment.labels if enrolment else {}),
             is_enrolled=enrolment is not None and not is_out,

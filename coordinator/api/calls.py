@@ -33,9 +33,9 @@ from skerry.wire.api import (
     ModelView,
     NodeView,
     Pushed,
+    ServeView,
     SignatureState,
     Signed,
-    ServeView,
     SplitView,
     StatusView,
 )

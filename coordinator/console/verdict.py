@@ -45,13 +45,13 @@ def judge(status: StatusView, nodes: Sequence[NodeView], deployments: Sequence[D
     needs_a_look = sum(1 for trouble in found if trouble.level in ("bad", "warn"))
     if needs_a_look:
         return Verdict(found[0].level, f"{needs_a_look} {'thing needs' if needs_a_look == 1 else 'things need'} a look", text, found)
-    if found:
+    if any(trouble.level != "idle" for trouble in found):
         return Verdict("busy", "Settling", text, found)
     if not nodes:
         return Verdict(
             "idle", "No box has connected yet", "Install the box software and give it this fleet's broker; it appears here by itself", []
         )
-    return Verdict("good", "All is well", text, [])
+    return Verdict("good", "All is well", text, found)
 
 
 def _of_the_broker(status: StatusView) -> Iterable[Trouble]:
@@ -67,6 +67,8 @@ def _of_a_node(node: NodeView) -> Iterable[Trouble]:
         yield Trouble(level, node.id, href, "can't tell a crash from a cut link", node.silent_since_ms)
     elif node.state == "offline":
         yield Trouble("warn", node.id, href, "its agent signed off", node.silent_since_ms)
+    if node.drained_at_ms:
+        yield Trouble("idle", node.id, href, f"drained: {node.drain_reason}" if node.drain_reason else "drained")
     if node.is_ahead:
         text = f"holds generation {node.reported_generation}, {node.generation} is known here: restored from a backup? see 'skerry recover'"
         yield Trouble("bad", node.id, href, text)

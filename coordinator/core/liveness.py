@@ -25,7 +25,7 @@ class Contact(msgspec.Struct, frozen=True):
     def after(self, *, online: bool, now_ms: int) -> "Contact":
         """Once it is connected, or cut off, at ``now_ms``."""
         if online and self.online:  # another connection before the end of the last was noticed
-            return Contact(True, self.since_ms, self.silent_since_ms if self.silent_ms(now_ms) else 0)
+            return Contact(True, self.since_ms, 0 if self._is_over(now_ms) else self.silent_since_ms)
         if online:
             return Contact(True, now_ms, self.silent_since_ms)
         return Contact(False, now_ms, now_ms if self._is_over(now_ms) else self.silent_since_ms)

@@ -7,7 +7,7 @@ and once both are there again one of them goes.
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 
@@ -41,6 +41,8 @@ class Node(msgspec.Struct, frozen=True):
     """How long it was not heard; 0 for one that is there."""
     ready: frozenset[str] = frozenset()
     """Replicas that it last said are ready."""
+    drained: str = ""
+    """Why it is to run nothing; empty where it may."""
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -216,13 +218,14 @@ def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], homes: M
     if want.model is None:
         problem = f"model {spec.model}:{spec.version} is not in the model store: push it with 'skerry model push'"
         return Outcome(wanted=asked, problem=problem)
-    refusals = {node.id: reason for node in nodes if (reason := unfit(node, spec))}
+    refusals = {node.id: reason for node in nodes if (reason := unfit(node, spec) or node.drained)}
     fitting = [node for node in nodes if node.id not in refusals]
     if spec.replicas.per_node is not None:
         asked = spec.replicas.per_node * len(fitting)
         placements = _place_on_each(spec, spec.replicas.per_node, fitting, free)
     else:
-        placements = _place_count(spec, asked, fitting, free, homes)
+        leaving = [node for node in nodes if node.drained and not unfit(node, spec) and not _is_lost(node, spec)]
+        placements = _place_count(spec, asked, fitting, free, homes, leaving)
     used = {placement.node for placement in placements}
     for node in fitting:
         if free[node.id].room_for(spec) < 1 and (node.id not in used or spec.replicas.per_node is not None):
@@ -268,10 +271,16 @@ def _without_room(spec: Deployment, placements: Iterable[Placement]) -> int:
 
 
 def _place_count(
-    spec: Deployment, asked: int, fitting: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, Mapping[str, str]]
+    spec: Deployment,
+    asked: int,
+    fitting: Sequence[Node],
+    free: dict[str, _Free],
+    homes: Mapping[str, Mapping[str, str]],
+    leaving: Sequence[Node],
 ) -> list[Placement]:
     """Each replica where it ran before if it may, else on the box with the fewest of this deployment and the most room; one that has
-    only lost homes is placed elsewhere too, where the deployment says so.
+    only lost homes is placed elsewhere too, where the deployment says so. One on a box that is drained (``leaving``) goes on there until
+    it is ready elsewhere.
 
     Those that stay are placed first, so that none loses its room to one that has to move.
     """
@@ -301,7 +310,18 @@ def _place_count(
             best = min(candidates, key=lambda n: (used[n.id], not n.online, -free[n.id].memory_bytes, n.id))
             why = f"in place of {lost[-1].node}, which is lost" if lost else "most room"
             take(name, best, why, lost[-1].node if lost else "")
+    for name, node in filter(lambda found: has_room(found[1]), _going_on(placed, fitting, leaving, homes)):
+        take(name, node, "drained, but not ready elsewhere yet", "")
     return [placement for name in names for placement in placed[name]]
+
+
+def _going_on(
+    placed: Mapping[str, list[Placement]], fitting: Sequence[Node], leaving: Sequence[Node], homes: Mapping[str, Mapping[str, str]]
+) -> Iterator[tuple[str, Node]]:
+    """Replicas that were found a place and are not ready there, each with a drained box that runs it."""
+    ready = {(node.id, name) for node in fitting for name in node.ready}
+    waiting = [name for name, places in placed.items() if places and not any((place.node, name) in ready for place in places)]
+    return ((name, node) for node in leaving for name in waiting if node.id in homes.get(name, {}))
 
 
 def _staying(name: str, boxes: Sequence[Node], spec: Deployment, held: Mapping[str, str]) -> list[tuple[Node, str]]:

@@ -112,6 +112,10 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
         node TEXT NOT NULL, nonce TEXT NOT NULL, epoch TEXT NOT NULL, through INTEGER NOT NULL, is_spent INTEGER NOT NULL,
         UNIQUE (node, nonce));
     """,
+    # 10: boxes that are to run nothing, and why
+    """
+    CREATE TABLE drained (node TEXT PRIMARY KEY, at_ms INTEGER NOT NULL, reason TEXT NOT NULL);
+    """,
 ]
 
 

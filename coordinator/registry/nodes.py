@@ -107,6 +107,36 @@ def save_lost(tables: Tables, node: str, *, is_lost: bool) -> None:
     tables.execute("UPDATE nodes SET is_lost = ? WHERE id = ?", [int(is_lost), node])
 
 
+class Drained(msgspec.Struct, frozen=True):
+    """A box that is to run nothing: since when, and why, in an operator's words."""
+
+    at_ms: int
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """As the planner and people are told."""
+        return f"is drained: {self.reason}" if self.reason else "is drained"
+
+
+def read_drained(tables: Tables) -> dict[str, Drained]:
+    """By box."""
+    return {row["node"]: Drained(row["at_ms"], row["reason"]) for row in tables.query("SELECT * FROM drained")}
+
+
+def read_drained_one(tables: Tables, node: str) -> Drained | None:
+    """Of one box."""
+    return next((Drained(row["at_ms"], row["reason"]) for row in tables.query("SELECT * FROM drained WHERE node = ?", [node])), None)
+
+
+def save_drained(tables: Tables, node: str, drained: Drained | None) -> None:
+    """None where it may run things again."""
+    if drained is None:
+        tables.execute("DELETE FROM drained WHERE node = ?", [node])
+        return
+    tables.execute("INSERT OR REPLACE INTO drained (node, at_ms, reason) VALUES (?, ?, ?)", [node, drained.at_ms, drained.reason])
+
+
 def read_ear(tables: Tables) -> Ear:
     """The moment up to which silence is counted."""
     return Ear(next(tables.query("SELECT heard_until_ms FROM ear"))["heard_until_ms"])

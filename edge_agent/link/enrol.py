@@ -110,11 +110,14 @@ def write(config: Config, enrolled: Enrolled, trusted_keys: Path | None) -> list
 
 
 def _keep(path: Path, content: bytes, *, mode: int, like: Path) -> None:
+    """The file, and the folders that are made for it, belong to the agent's user: it writes there again when it renews."""
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.write(path, content, mode=mode)
     if os.geteuid() == 0 and like.exists():
         owner = like.stat()
-        os.chown(path, owner.st_uid, owner.st_gid)
+        for one in (*made, path):
+            os.chown(one, owner.st_uid, owner.st_gid)
 
 
 def _root(url: str, fingerprint: str) -> str:

@@ -62,6 +62,10 @@ class Identity:
         """Until ``stop`` is set; without a certificate, or where its file is somebody else's to renew, there is nothing to do."""
         broker = self._config.broker
         if not broker.cert_file or not os.access(Path(broker.cert_file).parent, os.W_OK):
+            if broker.cert_file:
+                logger.warning(
+                    "certificate.not_ours", cert_file=broker.cert_file, hint="its folder can't be written: somebody else renews it"
+                )
             await stop.wait()
             return
         attempt = 0

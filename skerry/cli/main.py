@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from skerry import __version__
-from skerry.cli import command, explain, images, inference, joining, logs, models, output, people, recovery, releases
+from skerry.cli import command, draining, explain, images, inference, joining, logs, models, output, people, recovery, releases
 from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, path_of, save_login
 from skerry.cli.command import Json, reporting
 from skerry.wire import codec, oip
@@ -29,6 +29,7 @@ node_app = typer.Typer(no_args_is_help=True, help="Boxes.")
 deployment_app = typer.Typer(no_args_is_help=True, help="What runs where.")
 app.add_typer(node_app, name="node")
 joining.attach(node_app)
+draining.attach(node_app)
 app.add_typer(models.app, name="model")
 app.add_typer(images.app, name="image")
 app.add_typer(releases.app, name="release")

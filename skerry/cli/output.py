@@ -70,7 +70,7 @@ def print_nodes(nodes: Sequence[NodeView]) -> None:
         behind = "" if node.generation == node.reported_generation else f" (runs {node.reported_generation})"
         table.add_row(
             escape(node.id),
-            STATES[node.state],
+            STATES[node.state] + (", drained" if node.drained_at_ms else ""),
             node.tier or "",
             escape(" ".join(f"{key}={value}" for key, value in sorted(node.labels.items()))),
             f"{ready}/{len(node.replicas)}",
@@ -87,6 +87,8 @@ def print_node(node: NodeView) -> None:
     console.print(f"[bold]{escape(node.id)}[/]  {STATES[node.state]} since {moment(node.changed_at_ms)}  tier {node.tier or 'unknown'}")
     if node.is_silent:
         console.print(f"  silent since {moment(node.silent_since_ms)}: from here a crash can't be told from a cut link")
+    if node.drained_at_ms:
+        console.print(f"  drained since {moment(node.drained_at_ms)}{f': {escape(node.drain_reason)}' if node.drain_reason else ''}")
     for step in node.outlook:
         console.print(f"  {moment(step.at_ms) if step.at_ms else 'then'}  {escape(step.text)}", soft_wrap=True)
     console.print(f"  gateway {escape(node.gateway_url)}   version {escape(node.version)}   sandboxes {', '.join(node.rungs) or 'unknown'}")

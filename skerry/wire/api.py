@@ -49,7 +49,8 @@ class Outlook(msgspec.Struct, frozen=True):
 class NodeView(msgspec.Struct, frozen=True):
     """One box. ``generation`` is what it should do, ``reported_generation`` what it says that it does. ``bound`` names the
     labels that it was enrolled with and can't change. Of a silent one, ``silent_since_ms`` is since when, and ``outlook`` what
-    becomes of its replicas. ``is_ahead``: it holds a newer document than it was ever told from here."""
+    becomes of its replicas. ``is_ahead``: it holds a newer document than it was ever told from here. ``drained_at_ms``: since when it is to
+    run nothing, 0 where it may."""
 
     id: str
     state: NodeState
@@ -79,11 +80,19 @@ class NodeView(msgspec.Struct, frozen=True):
     silent_since_ms: int = 0
     outlook: list[Outlook] = []
     is_ahead: bool = False
+    drained_at_ms: int = 0
+    drain_reason: str = ""
 
     @property
     def is_silent(self) -> bool:
         """Whether what is known of it is the last that it said."""
         return self.state in SILENT
+
+
+class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a box is to run nothing: shown wherever somebody wonders."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=200)] = ""
 
 
 class AheadView(msgspec.Struct, frozen=True):

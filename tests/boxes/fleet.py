@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ REPO = Path(__file__).resolve().parents[2]
 ANSIBLE = REPO / "ansible"
 PLAY_WITHIN_S = 900
 FLEET = "shops"
+# As in the collection's ansible.cfg, with less patience.
+SSH_ARGUMENTS = "-o ControlMaster=auto -o ControlPersist=60s -o ConnectTimeout=3 -o ServerAliveInterval=2 -o ServerAliveCountMax=2"
+INFER = "/v2/models/scale/infer"
+REQUEST = {"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}], "parameters": {"timeout": 5_000_000}}
+DEPLOYMENT = """
+name: scale
+model: scale:1
+replicas: {per_node: 1}
+resources: {memory: 256MiB}
+slo: {deadline_ms: 5000}
+"""
 
 
 class Play(msgspec.Struct, frozen=True):
@@ -33,19 +45,19 @@ class Operator:
     """Sits on the boxes' network, with ssh and the fleet's inventory."""
 
     def __init__(self, ground: Ground, hub: Machine, boxes: list[Machine], folder: Path, releases: Path) -> None:
-        self._ground, self.hub, self.boxes, self._folder, self._releases = ground, hub, boxes, folder, releases
+        self.ground, self.hub, self.boxes, self._folder, self._releases = ground, hub, boxes, folder, releases
         self.inventory = folder / "inventory.json"
         self.write_inventory()
 
     def write_inventory(self, **extra: Any) -> None:
         """``extra`` are variables of all boxes."""
-        ssh = f"-i {self._ground.key} -o UserKnownHostsFile={self._ground.known_hosts}"
+        ssh = f"-i {self.ground.key} -o UserKnownHostsFile={self.ground.known_hosts}"
         names = {machine.name: {"ansible_host": machine.address} for machine in [self.hub, *self.boxes]}
         edge = {"hosts": {box.name: {"edge_agent_labels": {"site": "one"}} for box in self.boxes}, "vars": extra}
         common = {
             "ansible_user": "root", "ansible_ssh_common_args": ssh, "skerry_fleet": FLEET, "skerry_release_dir": str(self._releases),
             "skerry_broker_host": self.hub.name, "skerry_coordinator_url": f"https://{self.hub.name}:8443", "coordinator_soak": 2,
-            "edge_agent_soak": 10,
+            "edge_agent_soak": 6, "edge_agent_agent_settings": {"sample_every_s": 1}, "skerry_waves": [1, "100%"],
         }  # fmt: skip
         groups = {"coordinator": {"hosts": {self.hub.name: {}}}, "broker": {"hosts": {self.hub.name: {}}}, "edge": edge}
         self.inventory.write_text(json.dumps({"all": {"hosts": names, "vars": common, "children": groups}}))
@@ -64,11 +76,11 @@ class Operator:
         environment = {
             "PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(self._folder), "LANG": "C.UTF-8", "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_CONFIG": str(ANSIBLE / "ansible.cfg"), "ANSIBLE_HOST_KEY_CHECKING": "True",
-            "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=60s -o ConnectTimeout=3 -o ServerAliveInterval=2 -o ServerAliveCountMax=2",
+            "ANSIBLE_SSH_ARGS": SSH_ARGUMENTS,
         }  # fmt: skip
         began = time.monotonic()
         done = subprocess.run(
-            self._ground.inside(*words), capture_output=True, text=True, timeout=PLAY_WITHIN_S, check=False, env=environment,
+            self.ground.inside(*words), capture_output=True, text=True, timeout=PLAY_WITHIN_S, check=False, env=environment,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         return Play(done.returncode, done.stdout + done.stderr, time.monotonic() - began, _recap(done.stdout))
@@ -79,11 +91,47 @@ class Operator:
         given = {"url": f"https://{self.hub.name}:8443{path}", "method": method, "token": token, "media": media,
                  "host": self.hub.address, "ca": str(self.hub.root / "var/lib/skerry/coordinator/ca/root.crt")}  # fmt: skip
         done = subprocess.run(
-            self._ground.inside(sys.executable, Path(__file__).with_name("ask.py"), json.dumps(given)),
+            self.ground.inside(sys.executable, Path(__file__).with_name("ask.py"), json.dumps(given)),
             capture_output=True, input=body, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 0, (done.stdout + done.stderr).decode()
         return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def deploy(self, model: bytes) -> None:
+        """A model on every box, ready."""
+        self.api("PUT", "/v1/models/scale/versions/1", model, media="application/octet-stream")
+        self.api("POST", "/v1/deployments", DEPLOYMENT.encode(), media="application/yaml")
+        self.until(lambda: self.ready() == len(self.boxes))
+
+    def ready(self) -> int:
+        """Replicas of the deployment that are."""
+        return int(self.api("GET", "/v1/deployments/scale")["ready"])
+
+    def until(self, happened: Callable[[], bool], within_s: float = 60.0) -> None:
+        """Wait."""
+        deadline = time.monotonic() + within_s
+        while not happened():
+            assert time.monotonic() < deadline, json.dumps(self.api("GET", "/v1/deployments"))[:3000]
+            time.sleep(0.5)
+
+
+class Load:
+    """Callers of every box, for as long as the block lasts; ``answered``, ``failed`` and ``slowest_ms`` after it."""
+
+    def __init__(self, ground: Ground, boxes: list[Machine], *, per_s: float = 10.0) -> None:
+        given = {"boxes": [box.address for box in boxes], "path": INFER, "body": REQUEST, "per_s": per_s}
+        self._words = ground.inside(sys.executable, Path(__file__).with_name("load.py"), json.dumps(given))
+        self.answered: dict[str, int] = {}
+        self.failed: list[str] = []
+        self.slowest_ms = 0.0
+
+    def __enter__(self) -> "Load":
+        self._process = subprocess.Popen(self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        found = json.loads(self._process.communicate(timeout=60)[0])
+        self.answered, self.failed, self.slowest_ms = found["answered"], found["failed"], found["slowest_ms"]
 
 
 def _recap(text: str) -> dict[str, dict[str, int]]:

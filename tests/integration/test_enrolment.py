@@ -30,6 +30,7 @@ from skerry.wire import signing
 from skerry.wire.identity import Subject, subject_of
 from tests.conftest import need
 from tests.e2e.world import wait_until
+from tests.nobody import NOBODY
 
 FLEET = "north"
 WITHIN_S = 20.0
@@ -213,6 +214,18 @@ def test_a_box_joins_with_a_claim_and_a_fingerprint_and_is_online_by_its_certifi
     assert abs(signing.parse_trusted("\n".join(lines))[1] - time.time() * 1000) < 60_000, "and the moment from which on it takes documents"
     key = (box.folder / "id" / "box.key").read_bytes().splitlines()[1]
     assert not [path for path in fleet.state.rglob("*") if path.is_file() and key in path.read_bytes()], "the key left the box"
+
+
+def test_what_root_is_given_belongs_to_the_user_of_the_agent_folders_and_all(fleet):
+    need("root", "" if os.geteuid() == 0 else "giving files away needs root")
+    box = Box(fleet, "given")
+    (box.folder / "state").mkdir()
+    os.chown(box.folder / "state", NOBODY, NOBODY)
+    made = fleet.claim()
+    assert box.enroll(made["claim"], made["fingerprint"]).returncode == 0
+    found = [box.folder / "id", *(box.folder / "id").iterdir()]
+    assert {path.name for path in found} == {"id", "ca.crt", "box.crt", "box.key", "token"}
+    assert {path.name for path in found if path.stat().st_uid != NOBODY} == set(), "the agent could not renew its certificate there"
 
 
 def test_tier_and_labels_that_a_box_joined_with_can_not_be_changed_by_it(fleet):

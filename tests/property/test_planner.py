@@ -25,6 +25,7 @@ def nodes(node_id: str):
         gpu_memory_bytes=st.sampled_from([0, 0, 2, 5]),
         rungs=st.sampled_from([["process", "container"], ["container", "process"], ["process"], ["gvisor"], []]),
         rungs_absent=st.sampled_from([{}, {"container": "no engine"}, {"gvisor": "no runsc", "microvm": "no KVM"}]),
+        drained=st.sampled_from(["", "", "", "", "is drained: new disk"]),
     )
 
 
@@ -88,7 +89,7 @@ def misfit(node: Node, want: Wanted) -> str:
         return "has no GPU"
     if spec.accelerator == "none" and node.gpu_memory_bytes > 0:
         return "has a GPU"
-    return rung_misfit(node.rungs, spec)
+    return rung_misfit(node.rungs, spec) or ("is drained" if node.drained else "")
 
 
 def rung_misfit(rungs: list[str], spec: Deployment) -> str:

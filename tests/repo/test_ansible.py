@@ -5,6 +5,7 @@ import datetime
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,9 @@ import tarfile
 import time
 import tomllib
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import paho.mqtt.client as paho
@@ -64,7 +67,7 @@ TEMPLATES = [
     *(f"edge_agent/templates/{name}.toml.j2" for name in ("agent", "warden", "gateway")),
     "edge_agent/templates/gateway-listen.conf.j2",
     *(f"coordinator/templates/{name}.toml.j2" for name in ("coordinator", "signer")),
-    *(f"broker/templates/{name}.j2" for name in ("mosquitto.conf", "acl", "override.conf")),
+    *(f"broker/templates/{name}.j2" for name in ("mosquitto.conf", "acl")),
 ]
 
 
@@ -76,7 +79,7 @@ def tool(name: str) -> str:
     return path
 
 
-def ansible(home: Path, command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def ansible(home: Path, command: str, *arguments: str | Path, more: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run one of Ansible's commands on this collection; nothing of it is written beside the checkout."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {
@@ -88,6 +91,7 @@ def ansible(home: Path, command: str, *arguments: str | Path) -> subprocess.Comp
         "PYTHONWARNINGS": "ignore",
     }
     environment |= {"ANSIBLE_CONFIG": str(ANSIBLE / "ansible.cfg"), "ANSIBLE_LOCALHOST_WARNING": "False", "LC_ALL": "C.UTF-8"}
+    environment |= more or {}
     return subprocess.run(
         [tool(command), *map(str, arguments)], cwd=ANSIBLE, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
@@ -100,9 +104,28 @@ def test_ansible_lint_finds_nothing_at_its_strictest_profile(tmp_path):
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def test_the_playbook_parses_with_the_example_inventory(tmp_path):
-    outcome = ansible(tmp_path, "ansible-playbook", "-i", INVENTORY, "--syntax-check", "playbooks/site.yml")
+def test_every_playbook_parses_with_the_example_inventory(tmp_path):
+    books = sorted(path.relative_to(ANSIBLE) for path in (ANSIBLE / "playbooks").glob("*.yml"))
+    assert {"site", "upgrade", "rollback", "drain", "enroll", "uninstall"} <= {path.stem for path in books}
+    outcome = ansible(tmp_path, "ansible-playbook", "-i", INVENTORY, "--syntax-check", *books)
     assert outcome.returncode == 0, outcome.stderr
+
+
+def test_a_built_collection_needs_nothing_of_the_checkout(tmp_path):
+    outcome = ansible(tmp_path, "ansible-galaxy", "collection", "build", "--output-path", tmp_path, ANSIBLE)
+    assert outcome.returncode == 0, outcome.stderr
+    built = next(tmp_path.glob("skerry-fleet-*.tar.gz"))
+    folder = tmp_path / "collections/ansible_collections/skerry/fleet"
+    folder.mkdir(parents=True)
+    with tarfile.open(built) as archive:
+        assert [member.name for member in archive if member.issym()] == []
+        archive.extractall(folder, filter="data")
+    assert (folder / "roles/broker/templates/mosquitto.conf.j2").read_text().startswith("# {{ ansible_managed }}")
+    more = {"ANSIBLE_COLLECTIONS_PATH": str(tmp_path / "collections"), "ANSIBLE_CONFIG": str(tmp_path / "none.cfg")}
+    (tmp_path / "none.cfg").write_text("")
+    outcome = ansible(tmp_path, "ansible-playbook", "-i", INVENTORY, "--list-tasks", "skerry.fleet.site", more=more)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "skerry.fleet.edge_agent : " in outcome.stdout or "edge_agent : " in outcome.stdout
 
 
 LOAD = """
@@ -171,10 +194,11 @@ def rendered(tmp_path_factory) -> Path:
         "edge_agent_warden_settings": {"memory_bytes": 2**31},
         "edge_agent_agent_settings": {"sample_every_s": 2.5},
         "edge_agent_upstream_proxy": "http://proxy.example.org:3128",
-        "coordinator_broker_ca_file": "ca.crt",
-        "coordinator_broker_cert_file": "coordinator.crt",
-        "coordinator_plain_http": True,
-        "coordinator_public_key": "unused",
+        "coordinator_settings": {
+            "lost_after_s": 30,
+            "openid_connect": {"issuer": "https://id.example.org", "client_id": "s", "admins": ["a"]},
+        },
+        "coordinator_openid_client_secret": "from a vault",
         "skerry_model_keys": "-----BEGIN PUBLIC KEY-----",
         "broker_config_dir": str(work / "broker"),
         "broker_data_dir": str(work / "data"),
@@ -209,6 +233,10 @@ def test_a_program_takes_its_rendered_settings(rendered, name, kind):
     loaded = settings.load(rendered / f"{name}.toml", kind)
     if isinstance(loaded, WardenConfig | CoordinatorConfig):
         assert loaded.model_keys_file == Path("/etc/skerry/model-keys.pem")
+    if isinstance(loaded, CoordinatorConfig):
+        assert (loaded.tls, loaded.lost_after_s) == (True, 30)
+        assert loaded.openid_connect is not None
+        assert loaded.openid_connect.client_secret_file == Path("/run/credentials/skerry-coordinator.service/openid-client-secret")
 
 
 def test_rendered_settings_say_what_the_inventory_says(rendered):
@@ -216,19 +244,14 @@ def test_rendered_settings_say_what_the_inventory_says(rendered):
     agent, warden, gateway = files["agent"], files["warden"], files["gateway"]
     assert (agent["fleet"], agent["node"], agent["tier"]) == (FLEET, NODE, "edge")
     assert agent["labels"] == {"site": NODE, "room": AWKWARD}
-    assert agent["gateway_url"] == f"http://{NODE}.example.org:8000"
+    assert agent["gateway_url"] == f"https://{NODE}.example.org:8444"
+    assert gateway["peers"]["listen"] == "0.0.0.0:8444"
     assert agent["sample_every_s"] == 2.5
-    assert agent["broker"] == {
-        "host": "broker.example.org",
-        "port": 8883,
-        "ca_file": "/etc/skerry/tls/broker-ca.crt",
-        "cert_file": "/run/credentials/skerry-agent.service/broker.crt",
-        "key_file": "/run/credentials/skerry-agent.service/broker.key",
-    }
-    assert agent["coordinator"] == {"url": "http://coordinator.example.org:8080", "token_file": "/etc/skerry/coordinator-token"}
+    assert (agent["broker"]["host"], agent["broker"]["port"]) == ("broker.example.org", 8883)
+    assert agent["coordinator"]["url"] == "https://coordinator.example.org:8443"
     assert (warden["drivers"], warden["memory_bytes"]) == (["docker", "bubblewrap"], 2**31)
     assert (gateway["listen"], gateway["upstream_proxy"]) == ("0.0.0.0:8000", "http://proxy.example.org:3128")
-    assert files["coordinator"]["listen"] == "0.0.0.0:8080"
+    assert files["coordinator"]["listen"] == "0.0.0.0:8443"
     # Where two programs meet, their settings name the same path.
     assert agent["warden_socket"] == warden["socket"]
     assert agent["gateway_socket"] == gateway["socket"]
@@ -237,17 +260,21 @@ def test_rendered_settings_say_what_the_inventory_says(rendered):
 
 
 def test_settings_and_units_name_the_same_files(rendered):
-    agent = tomllib.loads((rendered / "agent.toml").read_text())
-    unit = (SYSTEMD / "skerry-agent.service").read_text()
-    name = Path(agent["coordinator"]["token_file"]).name  # the agent looks for a credential of the file's name
-    assert f"LoadCredential={name}:{agent['coordinator']['token_file']}\n" in unit
-    drop_in = (SYSTEMD / "skerry-agent.service.d/broker-tls.conf").read_text()
-    for key in ("cert_file", "key_file"):
-        folder, _, credential = agent["broker"][key].rpartition("/")
-        assert folder == "/run/credentials/skerry-agent.service"
-        assert f"LoadCredential={credential}:/etc/skerry/tls/" in drop_in
+    """What a program writes lies where its unit lets it, and what two programs share is named alike."""
+    agent, gateway = (tomllib.loads((rendered / f"{name}.toml").read_text()) for name in ("agent", "gateway"))
+    units = {name: (SYSTEMD / f"skerry-{name}.service").read_text() for name in ("agent", "gateway", "warden")}
+    assert agent["gateway_csr_file"] == gateway["peers"]["csr_file"]
+    assert agent["gateway_certificate_file"] == gateway["peers"]["certificate_file"]
+    assert agent["broker"]["ca_file"] == agent["coordinator"]["ca_file"] == gateway["peers"]["ca_file"]
+    assert "StateDirectory=skerry/agent\n" in units["agent"]
+    owned = [agent["broker"]["cert_file"], agent["broker"]["key_file"], agent["coordinator"]["token_file"]]
+    assert {path for path in owned if not path.startswith("/var/lib/skerry/agent/")} == set()
+    for program, path in (("agent", agent["gateway_certificate_file"]), ("gateway", gateway["peers"]["csr_file"])):
+        writable = re.search(r"^ReadWritePaths=(.*)$", units[program], re.MULTILINE)
+        assert writable is not None
+        assert str(Path(path).parent) in writable[1].split()
     for folder in ("warden", "gateway"):
-        assert f"ReadWritePaths=/run/skerry/{folder}\n" in (SYSTEMD / f"skerry-{folder}.service").read_text()
+        assert f"ReadWritePaths=/run/skerry/{folder}" in units[folder]
 
 
 def test_the_port_that_is_held_for_the_gateway_is_its_own(rendered):
@@ -260,22 +287,51 @@ def test_a_rollback_knows_every_file_that_an_installation_writes():
         listed = {entry["path"] for entry in yaml.safe_load((ANSIBLE / f"roles/{role}/vars/main.yml").read_text())[f"{role}_files"]}
         for unit in ("coordinator", "signer") if role == "coordinator" else ("agent", "warden", "gateway"):
             assert f"/etc/skerry/{unit}.toml" in listed
-            assert f"/etc/systemd/system/skerry-{unit}.service" in listed
-            for drop_in in (SYSTEMD / f"skerry-{unit}.service.d").glob("*.conf"):
-                assert f"/etc/systemd/system/{drop_in.parent.name}/{drop_in.name}" in listed
+        # Units come back with the link, of which they are: both ways run the same tasks.
+        for path in (
+            ANSIBLE / f"roles/{role}/tasks/{'switch' if role == 'edge_agent' else 'install'}.yml",
+            ANSIBLE / f"roles/{role}/tasks/rollback.yml",
+        ):
+            assert "ansible.builtin.include_tasks: units.yml" in path.read_text()
+        offered = {f"{path.parent.name.removesuffix('.service.d')} {path.stem}" for path in SYSTEMD.glob("skerry-*.service.d/*.conf")}
+        known = yaml.safe_load((ANSIBLE / f"roles/{role}/vars/main.yml").read_text())[f"{role}_dropins"]
+        units = ("skerry-coordinator", "skerry-signer") if role == "coordinator" else ("skerry-agent", "skerry-gateway", "skerry-warden")
+        assert {f"{entry['unit']} {entry['name']}" for entry in known} == {name for name in offered if name.startswith(units)}
 
 
-def test_secrets_are_kept_out_of_the_output_and_a_rescue_ends_in_failure():
-    for role in ("edge_agent", "coordinator", "broker"):
-        tasks = [task for path in (ANSIBLE / f"roles/{role}/tasks").glob("*.yml") for task in yaml.safe_load(path.read_text())]
-        secret = [task for task in tasks if any(word in str(task) for word in ("_token }}", "_key_file }}"))]
-        assert secret
-        assert all(task.get("no_log") is True for task in secret)
-        rescues = [task["rescue"] for task in tasks if "rescue" in task]
-        assert [rescue[-1].get("ansible.builtin.fail") is not None for rescue in rescues] == [True]
-    play = yaml.safe_load((ANSIBLE / "playbooks/site.yml").read_text())[-1]
-    assert play["serial"][0] == 1
+SECRETS = ("operator_token_file", "_token.content", "client_secret }}", "claim.json.claim", "broker_files", "broker_made")
+MAY_SHOW = ("Redeem it on the box", "Install the units that take over what the coordinator makes anew")
+"""What they show has no secret in it: a command's standard input is not shown, and a condition is only true or false."""
+LOUD = "{{ ansible_verbosity > 2 }}"
+"""Where a task shows its arguments, which else it does not."""
+
+
+def _tasks(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        yield entry
+        for part in ("block", "rescue", "always"):
+            yield from _tasks(entry.get(part, []))
+
+
+def test_secrets_are_kept_out_of_the_output():
+    found = 0
+    for path in ANSIBLE.glob("roles/*/tasks/*.yml"):
+        for task in _tasks(yaml.safe_load(path.read_text())):
+            text = str({key: value for key, value in task.items() if key not in ("block", "rescue", "always")})
+            if any(word in text for word in SECRETS) and task["name"] not in MAY_SHOW:
+                found += 1
+                assert task.get("no_log") is True or (task.get("no_log") == LOUD and "ansible.builtin.uri" in task), task["name"]
+    assert found >= 10
+
+
+def test_what_is_taken_back_ends_in_failure_and_the_rollout_with_it():
+    for role in ("coordinator", "broker"):
+        tasks = yaml.safe_load((ANSIBLE / f"roles/{role}/tasks/main.yml").read_text())
+        assert [task["rescue"][-1].get("ansible.builtin.fail") is not None for task in tasks if "rescue" in task] == [True]
+    assert "ansible.builtin.fail" in yaml.safe_load((ANSIBLE / "roles/edge_agent/tasks/main.yml").read_text())[-1]
+    play = next(play for play in yaml.safe_load((ANSIBLE / "playbooks/boxes.yml").read_text()) if "serial" in play)
     assert play["max_fail_percentage"] == 0
+    assert "[1, '10%', '50%', '100%']" in play["serial"]
 
 
 # -- the broker, with the rendered settings
@@ -308,6 +364,14 @@ def _issue(
     return subject, key
 
 
+def _revoke_nobody(folder: Path, ca: tuple[x509.Name, ec.EllipticCurvePrivateKey]) -> None:
+    """An empty list of revoked certificates."""
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(ca[0]).last_update(now - datetime.timedelta(hours=1))
+    listed = builder.next_update(now + datetime.timedelta(hours=1)).sign(ca[1], hashes.SHA256())
+    (folder / "crl.pem").write_bytes(listed.public_bytes(serialization.Encoding.PEM))
+
+
 @pytest.fixture(scope="module")
 def broker(rendered):
     """mosquitto with the settings and access list as rendered; yields its port and a folder of certificates."""
@@ -319,6 +383,7 @@ def broker(rendered):
     ca = _issue(folder, "ca", None)
     for name in ("server", NODE, "_coordinator"):
         _issue(folder, name, ca)
+    _revoke_nobody(folder, ca)
     shutil.copy(rendered / "acl", folder / "acl")
     config = rendered / "mosquitto.conf"
     if os.geteuid() == 0:  # else it takes the user `mosquitto`, who can't see these folders

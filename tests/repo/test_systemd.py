@@ -9,22 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.broker.rendering import FILES
 from edge_agent.gateway.listen import HTTP
 from tests.conftest import need
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
 PROGRAMS = ("agent", "warden", "gateway", "coordinator", "signer")
-OTHERS = ("skerry-revoked.path", "skerry-revoked.service", "skerry-gateway.socket")
+OTHERS = ("skerry-broker-files.path", "skerry-broker-files.service", "skerry-gateway.socket", "skerry.slice", "skerry-sandboxes.slice")
+NEWER = ("DelegateSubgroup=", "RestartSteps=")
+"""Keys of drop-ins that are installed from systemd 254 on."""
 STOPS_WITHIN_S = 10
 
 # Exposure as systemd 252 counts it, times ten: the highest that passes. `0` is best, a unit with nothing but ExecStart= has 96.
 EXPOSURE = [
     ("agent", [], 11),
-    ("agent", ["broker-tls"], 11),
     ("agent", ["nvidia"], 13),
     ("gateway", [], 11),
     ("coordinator", [], 11),
-    ("coordinator", ["broker-tls"], 11),
+    ("coordinator", ["openid-connect"], 11),
     ("signer", [], 9),
     ("warden", [], 21),
     ("warden", ["docker"], 21),
@@ -70,7 +72,7 @@ def root(tmp_path: Path) -> Path:
     units = tmp_path / "etc/systemd/system"
     shutil.copytree(SYSTEMD, units, ignore=shutil.ignore_patterns("*.conf"))
     for drop_in in SYSTEMD.glob("*.service.d/*.conf"):
-        if "DelegateSubgroup=" not in drop_in.read_text() or systemd_version() >= 254:
+        if systemd_version() >= 254 or not any(key in drop_in.read_text() for key in NEWER):
             shutil.copy(drop_in, units / drop_in.parent.name)
     # What the units lean on; a real systemd brings these.
     for target in ("sysinit", "basic", "paths", "sockets", "shutdown", "network", "time-sync", "multi-user"):
@@ -162,7 +164,11 @@ def test_who_faces_the_network_holds_no_container_engine(program):
     folder = SYSTEMD / f"skerry-{program}.service.d"
     unit = settings_of(program, *(path.stem for path in folder.glob("*.conf")))
     assert "docker" not in " ".join(unit["SupplementaryGroups"]).split()
-    assert "-/run/docker.sock" in unit["InaccessiblePaths"][-1].split()
+    if program in ("agent", "gateway"):
+        assert unit["TemporaryFileSystem"] == ["/run:ro"]
+        assert unit["BindPaths"] == ["/run/skerry"]
+    else:
+        assert "-/run/docker.sock" in unit["InaccessiblePaths"][-1].split()
     assert unit["RestrictNamespaces"] == ["yes"]
     assert unit["CapabilityBoundingSet"] == [""]
 
@@ -194,15 +200,16 @@ def test_the_warden_may_open_files_the_way_a_later_bubblewrap_does():
     assert settings_of("warden")["RestrictSUIDSGID"] == ["no"], "systemd answers openat2 with ENOSYS where it is on"
 
 
-def test_the_list_of_revoked_certificates_is_taken_over_from_where_the_coordinator_writes_it():
-    watched = re.search(r"PathChanged=(\S+)", (SYSTEMD / "skerry-revoked.path").read_text())
-    assert watched is not None
-    service = (SYSTEMD / "skerry-revoked.service").read_text()
-    assert f"install -m 0644 {watched[1]} /etc/mosquitto/skerry/crl.pem\n" in service
-    state = Path("/var/lib") / settings_of("coordinator")["StateDirectory"][0]
-    assert watched[1] == str(state / "ca" / "revoked.pem")
-    template = SYSTEMD.parent / "coordinator" / "broker" / "mosquitto.conf.j2"
-    assert "crlfile {{ broker_config_dir }}/skerry/crl.pem\n" in template.read_text()
+def test_what_the_authority_makes_for_the_broker_is_taken_over_from_where_the_coordinator_writes_it():
+    watched = re.findall(r"PathChanged=(\S+)", (SYSTEMD / "skerry-broker-files.path").read_text())
+    authority = Path("/var/lib") / settings_of("coordinator")["StateDirectory"][0] / "ca"
+    assert watched == [str(authority / "revoked.pem"), str(authority / "broker.crt")]
+    service = (SYSTEMD / "skerry-broker-files.service").read_text()
+    taken = dict(re.findall(r"install .*?(\S+) /etc/mosquitto/skerry/(\S+)\n", service))
+    assert {path: taken[path] for path in watched} == {watched[0]: "crl.pem", watched[1]: "server.crt"}
+    assert taken == {str(authority / name): called for name, called in {**FILES, "revoked.pem": "crl.pem"}.items()}
+    template = (SYSTEMD.parent / "coordinator" / "broker" / "mosquitto.conf.j2").read_text()
+    assert set(re.findall(r"\}/skerry/(\S+\.\S+)\n", template)) == set(taken.values())
 
 
 def test_the_gateways_port_is_held_under_the_name_that_the_gateway_looks_for():
@@ -265,7 +272,7 @@ def test_users_and_folders_are_made_as_described(tmp_path):
         assert (tmp_path / meeting_place).stat().st_mode & 0o7777 == 0o2750
 
 
-def test_every_token_is_a_credential():
-    assert settings_of("agent")["LoadCredential"] == ["coordinator-token:/etc/skerry/coordinator-token"]
+def test_secrets_are_credentials_or_lie_in_folders_of_the_programs_own():
+    assert settings_of("coordinator", "openid-connect")["LoadCredential"] == ["openid-client-secret:/etc/skerry/openid-client-secret"]
     for program in PROGRAMS:
         assert not [value for value in settings_of(program)["Environment"] if re.search("token|key|secret|password", value, re.IGNORECASE)]

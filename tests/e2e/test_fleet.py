@@ -335,6 +335,32 @@ def test_what_a_sandbox_wrote_is_shown_and_asking_costs_no_request(world, scale_
         world.api.call("DELETE", "/v1/deployments/sick", msgspec.Raw)
 
 
+def test_a_drained_box_runs_nothing_and_costs_no_request(world):
+    before = world.deployment("scale")
+    world.deploy(SCALE.replace("name: scale", "name: single") + "replicas: {count: 1}\n")
+    home = world.wait_ready("single").placements[0].node
+    with Load(infer_url(world, model="single")) as load:
+        done = world.cli("node", "drain", home, "--reason", "new disk", "--wait", "--timeout", "60s", "--json")
+        assert done.returncode == 0, done.stderr
+        time.sleep(0.5)
+    try:
+        assert load.right > 5
+        assert not load.wrong, load.wrong[:3]
+        view = world.node(home)
+        assert (view.replicas, view.drain_reason, view.drained_at_ms > 0) == ([], "new disk", True)
+        moved = world.wait_ready("single")
+        assert [placed.node == home for placed in moved.placements] == [False]
+        assert {refusal.node: refusal.reason for refusal in moved.refusals}[home] == "is drained: new disk"
+        assert "drained" in world.cli("node", "show", home).stdout.decode()
+        kinds = [(event.kind, event.text) for event in world.events(node=home, kind="node.drained")]
+        assert kinds[:1] == [("node.drained", "new disk")]
+    finally:
+        assert world.cli("node", "undrain", home).returncode == 0
+        world.cli("deployment", "delete", "single")
+    settle(world, before)
+    assert world.cli("node", "drain", "nobody").returncode == 5
+
+
 @pytest.mark.parametrize("victim", ["store-1.agent", "store-1.warden", "coordinator", "broker", "worker"])
 def test_killing_a_program_costs_no_request_and_the_fleet_is_whole_again(world, victim):
     before = world.deployment("scale")

@@ -459,6 +459,39 @@ def test_a_certificate_of_another_authority_and_another_boxs_key_renew_nothing(f
     assert "not issued by this fleet" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("wrong", [None, "token", "ca"])
+def test_ansible_finds_the_boxes_that_the_coordinator_knows(fleet, tmp_path, wrong):
+    program = Path(sys.executable).with_name("ansible-inventory")
+    need("ansible-inventory", "" if program.exists() else "not installed")
+    if not wrong:
+        joined(fleet, "listed", labels={"floor": "ground", "note": "{{ lookup('pipe', 'id') }}"})
+    (tmp_path / "token").write_text("skt_0_0" if wrong == "token" else (fleet.state / "operator.token").read_text())
+    (tmp_path / "fleet.skerry.yml").write_text(
+        f"plugin: nodes\nurl: {fleet.url}\ntoken_file: {tmp_path}/token\n"
+        f"ca_file: {fleet.ca / ('coordinator.crt' if wrong == 'ca' else 'root.crt')}\n"
+        "compose: {where: \"edge_agent_labels.floor | default('cellar')\"}\n"
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C.UTF-8",
+                   "ANSIBLE_CONFIG": str(Path(__file__).resolve().parents[2] / "ansible" / "ansible.cfg"),
+                   "ANSIBLE_INVENTORY_UNPARSED_FAILED": "1"}  # fmt: skip
+    words = [str(program), "-i", str(tmp_path / "fleet.skerry.yml"), "--list"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    if wrong:
+        assert done.returncode != 0
+        assert {"token": "401", "ca": "CERTIFICATE_VERIFY_FAILED"}[wrong] in done.stderr
+        assert "Traceback" not in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # What came over the network is marked as such: Ansible puts nothing into a box's words.
+    plain = {name: value.get("__ansible_unsafe", value) if isinstance(value, dict) else value
+             for name, value in found["_meta"]["hostvars"]["listed"].items()}  # fmt: skip
+    assert (plain["ansible_host"], plain["edge_agent_node"], plain["where"]) == ("127.0.0.1", "listed", "ground")
+    assert plain["edge_agent_labels"]["note"] == {"__ansible_unsafe": "{{ lookup('pipe', 'id') }}"}
+    for group in ("edge", "tier_edge", "state_online", "site_hull", "floor_ground"):
+        assert "listed" in found[group]["hosts"]
+
+
 @pytest.mark.parametrize("path", ["/v1/enroll", "/v1/renew"])
 def test_what_is_no_request_is_refused_and_the_coordinator_goes_on(fleet, path):
     pem = "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"

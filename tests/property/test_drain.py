@@ -17,8 +17,8 @@ def box(name: str, memory_bytes: int) -> Node:
 
 def deployment(**replicas: int) -> Wanted:
     spec = Deployment(
-        name="m", model="m", version=1, replicas=Replicas(**replicas), labels={}, tiers=["edge"], accelerator="any", memory_bytes=4, cpus=1.0,
-        gpu_memory_bytes=0, isolation_at_least="process", deadline_ms=50, target=0.9, split="edge",
+        name="m", model="m", version=1, replicas=Replicas(**replicas), labels={}, tiers=["edge"], accelerator="any", memory_bytes=4,
+        cpus=1.0, gpu_memory_bytes=0, isolation_at_least="process", deadline_ms=50, target=0.9, split="edge",
     )  # fmt: skip
     return Wanted(spec, 1, MODEL)
 

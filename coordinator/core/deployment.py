@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from coordinator.core.rollout import Rules
 from skerry.wire import topics, units
 from skerry.wire.messages import Batching, CloudBudget, Rung, Server, SplitMode, Tier, UpdateMode
 
@@ -24,6 +25,7 @@ MAX_WAIT_US = 1_000_000
 MAX_BYTES_PER_HOUR = 2**50
 """1 PiB: no link carries more, and every reader can hold the number."""
 
+MAX_WAVES = 32
 LEAST_SILENCE_MS = 1000
 MOST_SILENCE_MS = 10 * 365 * 86_400_000
 """Of ``lost_after`` and ``stop_on_box_after``."""
@@ -32,6 +34,7 @@ Reconcile = Literal["keep_original", "keep_replacement"]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 
 _IMAGE = re.compile(r"sha256:[0-9a-f]{64}")
+_SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)%")
 _SERVED_MODEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
@@ -112,11 +115,17 @@ class Disconnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a change spreads."""
+    """How a change spreads; see coordinator.core.rollout.Rules."""
 
-    waves: list[int | str] = msgspec.field(default_factory=lambda: ["100%"])
+    waves: list[int | str] = msgspec.field(default_factory=lambda: [1, "10%", "100%"])
     success: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
     observe: str = "2m"
+    deadline: str = "10m"
+    max_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    max_failed: Annotated[float, msgspec.Meta(ge=0.0001, le=1)] = 0.01
+    max_slower: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 1.5
+    false_alarm: Annotated[float, msgspec.Meta(ge=1e-9, le=0.5)] = 0.01
+    approve: bool = False
 
 
 class OwnServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -190,6 +199,7 @@ class Deployment(msgspec.Struct, frozen=True):
     batching: Batching = Batching()
     cloud_budget: CloudBudget | None = None
     disconnect: Policy = Policy()
+    rollout: Rules | None = None
 
 
 def parse(text: str) -> Deployment:
@@ -308,7 +318,6 @@ def _checked(spec: Spec) -> Deployment:
     who, least_mib = ("a worker needs", 64) if spec.server is None else ("a server of one's own and its relay need", 128)
     if memory_bytes < least_mib * 2**20:
         raise DeploymentError(f"{who} {least_mib}MiB at the least", field="resources.memory")
-    _check_durations(spec)
     _check_images(spec)
     return Deployment(
         name=spec.name,
@@ -332,13 +341,12 @@ def _checked(spec: Spec) -> Deployment:
         batching=_batching(spec.batching),
         cloud_budget=_cloud_budget(spec.split.cloud_budget),
         disconnect=_policy(spec.disconnect or Disconnect()),
+        rollout=_rules(spec.rollout) if spec.rollout else None,
     )
 
 
 def _warnings(spec: Spec) -> list[str]:
     found = []
-    if spec.rollout is not None:
-        found.append("rollout: kept with the deployment, but this version does not act on it yet")
     if spec.disconnect is not None and spec.disconnect.replace and spec.replicas.count is None:
         found.append("disconnect.replace: nothing is placed elsewhere, since per_node gives every box its own; it acts on count")
     if spec.server is not None and spec.batching.max_batch > 1:
@@ -369,9 +377,32 @@ def _cloud_budget(budget: Budget | None) -> CloudBudget | None:
     return CloudBudget(budget.requests_per_hour, bytes_per_hour)
 
 
-def _check_durations(spec: Spec) -> None:
-    if spec.rollout is not None:
-        _duration_ms(spec.rollout.observe, "rollout.observe")
+def _rules(rollout: Rollout) -> Rules:
+    if len(rollout.waves) > MAX_WAVES:
+        raise DeploymentError(f"names more than {MAX_WAVES}", field="rollout.waves")
+    return Rules(
+        waves=[_wave(wave) for wave in rollout.waves],
+        success=rollout.success,
+        observe_ms=_duration_ms(rollout.observe, "rollout.observe"),
+        deadline_ms=_duration_ms(rollout.deadline, "rollout.deadline"),
+        most_restarts=rollout.max_restarts,
+        most_failed=rollout.max_failed,
+        slower=rollout.max_slower,
+        false_alarm=rollout.false_alarm,
+        approve=rollout.approve,
+    )
+
+
+def _wave(wave: int | str) -> int | float:
+    """A number of units, or a share of them."""
+    if isinstance(wave, int):
+        if wave < 1:
+            raise DeploymentError(f"{wave} is not a number of boxes or replicas", field="rollout.waves")
+        return wave
+    share = _SHARE.fullmatch(wave)
+    if share is None or not 0 < float(share[1]) <= 100:
+        raise DeploymentError(f"{wave[:40]!r} is neither a number nor a share such as 10%", field="rollout.waves")
+    return float(share[1]) / 100
 
 
 def _duration_ms(text: str, field: str) -> int:

@@ -46,11 +46,19 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """A deployment with its generation and its model, None where the store has no such version."""
+    """A deployment with its generation and its model, None where the store has no such version. While a change spreads, ``before`` is
+    what those units keep that are not ``admitted``: boxes where each has its own replicas, else replicas by name."""
 
     spec: Deployment
     generation: int
     model: ModelRef | None
+    before: "Wanted | None" = None
+    admitted: frozenset[str] = frozenset()
+
+    def of(self, placement: "Placement") -> "Wanted":
+        """What a placement is of."""
+        unit = placement.node if self.spec.replicas.count is None else placement.replica
+        return self.before if self.before is not None and unit not in self.admitted else self
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -200,11 +208,12 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
         hosts[want.spec.name] = _Hosts(by_id[node] for node in sorted({placement.node for placement in outcome.placements}))
         for placement in outcome.placements:
             old = next((r for r in before.get(placement.node, BoxPlan()).replicas if r.name == placement.replica), None)
-            replicas[placement.node].append(_replica(want, placement, old))
+            replicas[placement.node].append(_replica(want.of(placement), placement, old))
+    told = {(place.node, want.spec.name): want.of(place) for want in wanted for place in outcomes[want.spec.name].placements}
     boxes = {
         node.id: BoxPlan(
             replicas=sorted(replicas[node.id], key=lambda replica: replica.name),
-            routes=[route for want in wanted if (route := _route(want, node, hosts[want.spec.name])) is not None],
+            routes=[route for want in wanted if (route := _route(_routed(want, node.id, told), node, hosts[want.spec.name])) is not None],
         )
         for node in ordered
     }
@@ -213,8 +222,43 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
 
 def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, Mapping[str, str]]) -> Outcome:
     """Find places for one deployment; ``homes`` are, by replica, the boxes that run it now, each with the box in whose place it does."""
+    before, admitted = want.before, want.admitted
+    if before is None:
+        return _place_all(want, nodes, _names(want), free, homes)
+    if want.spec.replicas.count is not None:
+        old = _place_all(before, nodes, [name for name in _names(before) if name not in admitted], free, homes)
+        return _together(old, _place_all(want, nodes, [name for name in _names(want) if name in admitted], free, homes))
+    kept, changed = ([node for node in nodes if (node.id in admitted) == is_in] for is_in in (False, True))
+    old = _place_all(before, kept, [], free, homes) if kept else Outcome(0)
+    return _together(old, _place_all(want, changed, [], free, homes) if changed else Outcome(0))
+
+
+def _names(want: Wanted) -> list[str]:
+    """Of the replicas of a deployment that counts them."""
+    return [f"{want.spec.name}-{index}" for index in range(want.spec.replicas.count or 0)]
+
+
+def _together(old: Outcome, new: Outcome) -> Outcome:
+    """What became of the two halves of a deployment that changes."""
+    placements = [*old.placements, *new.placements]
+    used = {placement.node for placement in placements}
+    reasons = {refusal.node: refusal.reason for outcome in (old, new) for refusal in outcome.refusals if refusal.node not in used}
+    refusals = [Refusal(node, reason) for node, reason in sorted(reasons.items())]
+    problem = "; ".join(dict.fromkeys(filter(None, [old.problem, new.problem])))
+    return Outcome(old.wanted + new.wanted, placements, refusals, problem)
+
+
+def _routed(want: Wanted, node: str, told: Mapping[tuple[str, str], Wanted]) -> Wanted:
+    """By which of the two a box routes: by what it runs, and one that runs nothing of it by what was there before."""
+    return told.get((node, want.spec.name)) or want.before or want
+
+
+def _place_all(
+    want: Wanted, nodes: Sequence[Node], names: Sequence[str], free: dict[str, _Free], homes: Mapping[str, Mapping[str, str]]
+) -> Outcome:
+    """On each of the boxes, or those of ``names`` where replicas are counted."""
     spec = want.spec
-    asked = spec.replicas.count or 0
+    asked = len(names)
     if want.model is None:
         problem = f"model {spec.model}:{spec.version} is not in the model store: push it with 'skerry model push'"
         return Outcome(wanted=asked, problem=problem)
@@ -225,7 +269,7 @@ def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], homes: M
         placements = _place_on_each(spec, spec.replicas.per_node, fitting, free)
     else:
         leaving = [node for node in nodes if node.drained and not unfit(node, spec) and not _is_lost(node, spec)]
-        placements = _place_count(spec, asked, fitting, free, homes, leaving)
+        placements = _place_count(spec, names, fitting, free, homes, leaving)
     used = {placement.node for placement in placements}
     for node in fitting:
         if free[node.id].room_for(spec) < 1 and (node.id not in used or spec.replicas.per_node is not None):
@@ -272,7 +316,7 @@ def _without_room(spec: Deployment, placements: Iterable[Placement]) -> int:
 
 def _place_count(
     spec: Deployment,
-    asked: int,
+    names: Sequence[str],
     fitting: Sequence[Node],
     free: dict[str, _Free],
     homes: Mapping[str, Mapping[str, str]],
@@ -284,7 +328,6 @@ def _place_count(
 
     Those that stay are placed first, so that none loses its room to one that has to move.
     """
-    names = [f"{spec.name}-{index}" for index in range(asked)]
     placed: dict[str, list[Placement]] = {name: [] for name in names}
     used: Counter[str] = Counter()
 

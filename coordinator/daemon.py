@@ -18,6 +18,7 @@ from coordinator.api import accounts as account_calls
 from coordinator.api import draining as drain_calls
 from coordinator.api import enrolment as enrolment_calls
 from coordinator.api import recovery as recovery_calls
+from coordinator.api import rollouts as rollout_calls
 from coordinator.api.access import Access
 from coordinator.api.accounts import AccountCalls
 from coordinator.api.answers import Handler, json_answer, problems, refuse
@@ -26,6 +27,7 @@ from coordinator.api.draining import DrainCalls
 from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.openapi import document
 from coordinator.api.recovery import RecoveryCalls
+from coordinator.api.rollouts import RolloutCalls
 from coordinator.ca.authority import Authority, AuthorityUnusable
 from coordinator.commands import Commands
 from coordinator.config import Config
@@ -42,6 +44,7 @@ from coordinator.plan_loop import PlanLoop, Terms
 from coordinator.publish import Publisher
 from coordinator.registry.database import Database
 from coordinator.registry.migrations import TooNew
+from coordinator.rollout_loop import RolloutLoop
 from coordinator.session import FleetSession, Message
 from coordinator.signer.client import OwnSigner, Signer, SignerOnSocket
 from coordinator.signer.keyring import Keyring, KeyUnusable
@@ -96,6 +99,12 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         fleet=config.fleet, terms=_terms(config),
         listening_since_ms=lambda: session.listening_since_ms,
     )  # fmt: skip
+    rollout_loop = RolloutLoop(database, news, replan=plan_loop.wake)
+
+    def deployed() -> None:
+        rollout_loop.wake()
+        plan_loop.wake()
+
     evictions = Evictions(config.broker, authority, config.fleet, now_ms=_now_ms)
 
     async def thrown_out(node: str) -> None:
@@ -153,7 +162,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         store=ModelStore(config.state_dir / "models", limit_bytes=config.model_limit_bytes),
         news=news,
         access=access,
-        replan=plan_loop.wake,
+        replan=deployed,
         commands=commands,
         is_connected=lambda: session.is_connected,
     )
@@ -163,6 +172,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         (account_calls.CALLS, AccountCalls(database, changes, entry, access, public_url=config.public_url)),
         (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake)),
         (drain_calls.CALLS, DrainCalls(database, access, news, replan=plan_loop.wake)),
+        (rollout_calls.CALLS, RolloutCalls(database, access, news, look=rollout_loop.wake, replan=plan_loop.wake)),
     ]
     app = make_app(config, parts, access)
     console.attach(
@@ -179,15 +189,14 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     try:
-        host, port = settings.split_listen(config.listen)
-        await web.TCPSite(runner, host, port, ssl_context=_tls(config)).start()
+        await web.TCPSite(runner, *settings.split_listen(config.listen), ssl_context=_tls(config)).start()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(session.run(stop), name="coordinator.session")
+            for name, loop in (("session", session), ("plan", plan_loop), ("evictions", evictions), ("rollout", rollout_loop),
+                               ("housekeeping", housekeeping)):  # fmt: skip
+                tasks.create_task(loop.run(stop), name=f"coordinator.{name}")
             tasks.create_task(ingest.run(queue, stop), name="coordinator.ingest")
-            tasks.create_task(plan_loop.run(stop), name="coordinator.plan")
-            tasks.create_task(evictions.run(stop), name="coordinator.evictions")
-            tasks.create_task(housekeeping.run(stop), name="coordinator.housekeeping")
-            tasks.create_task(lifecycle.feed_watchdog(stop, lambda: _beat(plan_loop, housekeeping)), name="coordinator.watchdog")
+            beats = lifecycle.feed_watchdog(stop, lambda: _beat(plan_loop, rollout_loop, housekeeping))
+            tasks.create_task(beats, name="coordinator.watchdog")
             logger.info("coordinator.up", listen=config.listen, url=config.public_url)
             sdnotify.notify("READY=1")
     finally:
@@ -219,7 +228,7 @@ def _tls(config: Config) -> ssl.SSLContext | None:
     return tls.server(folder / "coordinator.crt", folder / "coordinator.key")
 
 
-def _beat(*loops: PlanLoop | Housekeeping) -> bool:
+def _beat(*loops: PlanLoop | RolloutLoop | Housekeeping) -> bool:
     return all(loop.pulse.beats(within_s=STALLED_AFTER_S) for loop in loops)
 
 

@@ -4,17 +4,19 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 from sqlite_utils import Database as Tables
 
 from coordinator.core import planner
+from coordinator.core.deployment import Deployment
 from coordinator.core.liveness import Ear, counts_again_at_ms
 from coordinator.news import News
 from coordinator.publish import Publisher
-from coordinator.registry import deployments, events, identity, models, nodes
+from coordinator.registry import deployments, events, identity, models, nodes, rollouts
 from coordinator.registry.database import Database, RegistryFailed
+from coordinator.registry.deployments import Stored
 from coordinator.session import NotConnected
 from coordinator.signer.client import Signer, SignerAbsent
 from skerry.runtime import lifecycle, log
@@ -68,6 +70,13 @@ def node_of(
     )
 
 
+def _boxes(
+    stored_nodes: list[nodes.Node], enrolled: Mapping[str, identity.Enrolment], ear: Ear, drained: Mapping[str, nodes.Drained]
+) -> list[planner.Node]:
+    seen = (node_of(stored, enrolled.get(stored.id), ear, drained.get(stored.id)) for stored in stored_nodes)
+    return [box for box in seen if box is not None]
+
+
 class Terms(msgspec.Struct, frozen=True):
     """Under which documents are made: how long they may be taken, and which signing keys are the fleet's no more; None while the signer
     has not said. And how long a box must be silent to be called lost, and where boxes are told to find us."""
@@ -105,17 +114,11 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
     nodes.save_ear(tables, ear)
     stored_nodes = nodes.read_nodes(tables)
     _note_lost(tables, stored_nodes, ear, terms.lost_after_ms, now_ms)
-    drained = nodes.read_drained(tables)
-    seen = (node_of(stored, enrolled.get(stored.id), ear, drained.get(stored.id)) for stored in stored_nodes)
-    boxes = [box for box in seen if box is not None]
+    boxes = _boxes(stored_nodes, enrolled, ear, nodes.read_drained(tables))
     sites = {box.id: box.labels.get(SITE, "") for box in boxes if box.tier == "edge"}  # the cloud hears of all who were thrown out
     stored_models = {(model.ref.name, model.ref.version): model for model in models.read_models(tables)}
-    wanted = [
-        planner.Wanted(
-            stored.spec, stored.generation, model.ref if (model := stored_models.get((stored.spec.model, stored.spec.version))) else None
-        )
-        for stored in deployments.read_deployments(tables)
-    ]
+    spreading = {held.deployment: held for held in rollouts.read_active(tables)}
+    wanted = [_wanted(stored, spreading.get(stored.name), stored_models) for stored in deployments.read_deployments(tables)]
     before = nodes.read_desired(tables)
     plan = planner.plan(boxes, wanted, {node: planner.BoxPlan(doc.replicas, doc.routes) for node, doc in before.items()})
     changed = []
@@ -154,12 +157,33 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
     outcomes = {name: _with_untold(outcome, untold) for name, outcome in plan.outcomes.items()}
     if outcomes != deployments.read_outcomes(tables):
         deployments.save_outcomes(tables, outcomes)
+    _note_planned(tables, spreading.values())
     _note_moves(tables, {node: part for node, part in plan.boxes.items() if node not in untold}, before, now_ms)
     limits = {terms.lost_after_ms, *(want.spec.disconnect.lost_after_ms for want in wanted)}
     times = _silence_changes_at_ms(stored_nodes, ear, limits, listening_since_ms, now_ms)
     if any(planner.is_doubled(outcome) for outcome in plan.outcomes.values()):
         times.append(now_ms + DOUBLED_AGAIN_MS)
     return Replanned(changed, min(times, default=None))
+
+
+def _wanted(stored: Stored, held: rollouts.Rollout | None, known: Mapping[tuple[str, int], models.Model]) -> planner.Wanted:
+    """A deployment, and while a change of it spreads, what it was before and who has the change."""
+
+    def of(spec: Deployment, generation: int) -> planner.Wanted:
+        model = known.get((spec.model, spec.version))
+        return planner.Wanted(spec, generation, model.ref if model else None)
+
+    now = of(stored.spec, stored.generation)
+    if held is None or held.after.generation != stored.generation:
+        return now
+    return msgspec.structs.replace(now, before=of(held.before.spec, held.before.generation), admitted=held.state.admitted)
+
+
+def _note_planned(tables: Tables, spreading: Iterable[rollouts.Rollout]) -> None:
+    """Boxes are told of these waves from now on."""
+    for held in spreading:
+        if held.planned != len(held.state.waves):
+            rollouts.save_rollout(tables, msgspec.structs.replace(held, planned=len(held.state.waves)))
 
 
 def _silence_changes_at_ms(

@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 from sqlite_utils import Database as Tables
 
+from coordinator import accepting
 from coordinator.accounts.directory import Caller
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
@@ -18,7 +19,7 @@ from coordinator.commands import Commands
 from coordinator.core import deployment as deployment_file
 from coordinator.model_store import ModelStore
 from coordinator.news import News
-from coordinator.registry import audit, deployments, events, models, nodes
+from coordinator.registry import audit, deployments, events, models, nodes, rollouts
 from coordinator.registry.database import Database
 from coordinator.views import Views
 from coordinator.vouching import Vouching
@@ -100,7 +101,7 @@ CALLS = [
     Call("GET", "/v1/deployments", "list_deployments", "Every deployment", list[DeploymentView]),
     Call(
         "POST", "/v1/deployments", "deploy", "Create or change a deployment: the file as its owner wrote it", Accepted, 202,
-        role="operator", body="application/yaml",
+        role="operator", body="application/yaml", query={"again": "true: although this very change was tried, and taken back"},
     ),
     Call("GET", "/v1/deployments/{name}", "show_deployment", "One deployment", DeploymentView),
     Call("DELETE", "/v1/deployments/{name}", "delete_deployment", "Remove a deployment from every box", Accepted, 202, role="operator"),
@@ -305,20 +306,25 @@ class Calls:
                 422, "not_vouched", f"model: {spec.model}:{spec.version}: {exc}", field="model",
                 hint="sign it by a key of model_keys_file: 'skerry model sign', then 'skerry model push'",
             ) from exc  # fmt: skip
-        now_ms = time.time_ns() // 1_000_000
+        now_ms, is_again = time.time_ns() // 1_000_000, request.query.get("again", "") == "true"
 
-        def work(tables: Tables) -> int:
+        def work(tables: Tables) -> tuple[int, bool]:
+            failed = rollouts.read_failed(tables, spec.name, text)
+            if failed is not None and not is_again:
+                when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(failed.at_ms / 1000))
+                raise refuse(409, "failed_before", f"this was tried, and taken back {when}: {failed.reason}", hint="skerry deploy --again")
             before = deployments.read_text(tables, spec.name)
-            generation = deployments.save_deployment(tables, spec, text, now_ms)
+            generation = accepting.accept(tables, spec, text, now_ms)
             if before != text:
                 audit.append(tables, request[ACTOR], "deployment.accepted", spec.name, before=before, after=text, now_ms=now_ms)
             events.add_own_event(tables, "", "deployment.accepted", spec.name, f"generation {generation}", now_ms)
-            return generation
+            held = rollouts.read_rollout(tables, spec.name)
+            return generation, held is not None and held.after.generation == generation and not held.state.is_over
 
-        generation = await self._database.write(work)
+        generation, spreads = await self._database.write(work)
         self._news.tell("events", "deployments")
         self._replan()
-        return json_answer(Accepted(spec.name, generation, spec.warnings), status=202)
+        return json_answer(Accepted(spec.name, generation, spec.warnings, spreads), status=202)
 
     async def show_deployment(self, request: web.Request) -> web.Response:
         """See CALLS."""
@@ -335,6 +341,7 @@ class Calls:
         def work(tables: Tables) -> bool:
             before = deployments.read_text(tables, name)
             existed = deployments.delete_deployment(tables, name)
+            rollouts.forget_rollout(tables, name)
             if existed:
                 audit.append(tables, request[ACTOR], "deployment.deleted", name, before=before, now_ms=now_ms)
                 events.add_own_event(tables, "", "deployment.deleted", name, "", now_ms)

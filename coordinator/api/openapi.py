@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.api import accounts, draining, enrolment, recovery
+from coordinator.api import accounts, draining, enrolment, recovery, rollouts
 from coordinator.api.calls import CALLS, Call
 from skerry import __version__
 from skerry.wire.api import ProblemBody
@@ -13,7 +13,7 @@ from skerry.wire.api import ProblemBody
 
 def document() -> dict[str, Any]:
     """The whole document."""
-    calls = [*CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS]
+    calls = [*CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS, *rollouts.CALLS]
     kinds = [kind for call in calls for kind in (call.answer, call.body) if not isinstance(kind, str) and kind not in (bytes, str)]
     schemas, components = msgspec.json.schema_components([*kinds, ProblemBody], ref_template="#/components/schemas/{name}")
     by_kind = dict(zip([str(kind) for kind in [*kinds, ProblemBody]], schemas, strict=True))

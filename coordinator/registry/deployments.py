@@ -31,6 +31,11 @@ def read_deployments(tables: Tables) -> list[Stored]:
     return [_stored(row) for row in tables.query("SELECT * FROM deployments ORDER BY created_at_ms, name")]
 
 
+def read_deployment(tables: Tables, name: str) -> Stored | None:
+    """One deployment."""
+    return next((_stored(row) for row in tables.query("SELECT * FROM deployments WHERE name = ?", [name])), None)
+
+
 def save_deployment(tables: Tables, spec: Deployment, text: str, now_ms: int) -> int:
     """Keep a deployment; returns its generation, which moves only when the text does, and never back, not even after a deletion.
 

@@ -121,6 +121,25 @@ def read_served(tables: Tables, *, since_s: int, deployment: str = "", node: str
     return [_served(row) for row in rows]
 
 
+def read_served_by(tables: Tables, boxes: list[str], *, since_s: int, deployment: str) -> list[Served]:
+    """One deployment's buckets of some boxes from ``since_s`` on."""
+    rows = tables.query(
+        "SELECT * FROM serve_rollups WHERE node IN (SELECT value FROM json_each(?)) AND deployment = ? AND at_s >= ?",
+        [msgspec.json.encode(boxes).decode(), deployment, since_s],
+    )
+    return [_served(row) for row in rows]
+
+
+def read_asked(tables: Tables, deployment: str, *, since_s: int) -> dict[str, int]:
+    """By box, how many requests for a deployment it was asked from ``since_s`` on."""
+    rows = tables.query(
+        "SELECT node, sum(edge + peer + cloud + refused + failed) AS n FROM serve_rollups WHERE deployment = ? AND at_s >= ? AND node != ?"
+        " GROUP BY node",
+        [deployment, since_s, ALL],
+    )
+    return {row["node"]: row["n"] for row in rows}
+
+
 def read_loads(tables: Tables, node: str, *, since_s: int) -> list[BoxLoad]:
     """One box's buckets from ``since_s`` on, oldest first."""
     rows = tables.query("SELECT * FROM box_rollups WHERE node = ? AND at_s >= ? ORDER BY at_s", [node, since_s])

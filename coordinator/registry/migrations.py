@@ -116,6 +116,13 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     """
     CREATE TABLE drained (node TEXT PRIMARY KEY, at_ms INTEGER NOT NULL, reason TEXT NOT NULL);
     """,
+    # 11: changes of deployments that spread in waves, and those that were no good
+    """
+    CREATE TABLE rollouts (deployment TEXT PRIMARY KEY, is_over INTEGER NOT NULL, rollout TEXT NOT NULL);
+    CREATE TABLE failed_changes (
+        deployment TEXT NOT NULL, text_sha256 TEXT NOT NULL, at_ms INTEGER NOT NULL, reason TEXT NOT NULL,
+        PRIMARY KEY (deployment, text_sha256));
+    """,
 ]
 
 

@@ -10,8 +10,8 @@ import typer
 from rich.markup import escape
 
 from skerry import __version__
-from skerry.cli import command, draining, explain, images, inference, joining, logs, models, output, people, recovery, releases
-from skerry.cli.client import EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, path_of, save_login
+from skerry.cli import command, draining, explain, images, inference, joining, logs, models, output, people, recovery, releases, rollouts
+from skerry.cli.client import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, path_of, save_login
 from skerry.cli.command import Json, reporting
 from skerry.wire import codec, oip
 from skerry.wire.accounts import PasswordRequest, TokenMade
@@ -34,6 +34,7 @@ app.add_typer(models.app, name="model")
 app.add_typer(images.app, name="image")
 app.add_typer(releases.app, name="release")
 app.add_typer(deployment_app, name="deployment")
+app.add_typer(rollouts.app, name="rollout")
 app.add_typer(people.user_app, name="user")
 app.add_typer(people.token_app, name="token")
 app.add_typer(people.audit_app, name="audit")
@@ -178,6 +179,7 @@ def deploy(
     file: Annotated[Path, typer.Argument(help="a deployment in YAML or JSON; - for standard input")],
     wait: Annotated[bool, typer.Option("--wait", help="until every replica is ready")] = False,
     timeout: Annotated[str, typer.Option(help="how long to wait, such as 90s or 5m")] = "5m",
+    again: Annotated[bool, typer.Option("--again", help="although this very change was tried, and taken back")] = False,
     as_json: Json = False,
 ) -> None:
     """Create or change a deployment."""
@@ -189,18 +191,22 @@ def deploy(
     except ValueError as exc:
         raise CliError(f"--timeout: {exc}", exit_code=EXIT_USAGE) from exc
     coordinator = command.coordinator()
-    accepted = coordinator.call("POST", path_of("deployments"), Accepted, body=text)
+    path = path_of("deployments") + ("?again=true" if again else "")
+    accepted = coordinator.call("POST", path, Accepted, body=text)
     for warning in accepted.warnings:
         output.errors.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    if wait and accepted.spreads:
+        over = rollouts.follow(coordinator, accepted.name, is_quiet=as_json, timeout_s=timeout_s)
+        if over.phase != "done":
+            raise CliError(f"{accepted.name}: {over.phase}: {over.reason}; what was there before is back", exit_code=EXIT_FAILED)
     view = wait_ready(coordinator, accepted, timeout_s=timeout_s) if wait else None
     if as_json:
         output.print_json(view or accepted)
     elif view is not None:
         output.print_deployment(view)
     else:
-        output.console.print(
-            f"{accepted.name}: generation {accepted.generation} accepted; follow it with 'skerry deployment show {accepted.name}'"
-        )
+        follow = f"skerry rollout show {accepted.name} --watch" if accepted.spreads else f"skerry deployment show {accepted.name}"
+        output.console.print(f"{accepted.name}: generation {accepted.generation} accepted; follow it with '{follow}'")
 
 
 def wait_ready(coordinator: Coordinator, accepted: Accepted, *, timeout_s: float) -> DeploymentView:

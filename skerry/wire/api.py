@@ -185,11 +185,45 @@ class DeploymentView(msgspec.Struct, frozen=True):
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """A deployment that was taken: the planner is on it."""
+    """A deployment that was taken: the planner is on it. ``spreads``: in waves, as ``/v1/rollouts/{name}`` tells."""
 
     name: str
     generation: int
     warnings: list[str] = []
+    spreads: bool = False
+
+
+RolloutPhase = Literal["rolling", "waiting", "done", "failed", "aborted"]
+"""``waiting``: for somebody to approve the next wave."""
+
+
+class RolloutView(msgspec.Struct, frozen=True):
+    """How a deployment's last change spreads, or spread. A *unit* is a box, or where replicas are counted a replica. ``targets`` counts
+    the units that have the change after each wave, ``admitted`` those that were let in, ``ready`` those of them that run it, ``away`` those
+    whose box is not there; ``wave_units`` names a hundred of the present wave's at the most. ``ready_since_ms`` is 0 while the present wave
+    is not ready; the next begins ``observe_ms`` after it. ``reason`` says why it was taken back."""
+
+    deployment: str
+    phase: RolloutPhase
+    is_paused: bool
+    generation: int
+    model: str
+    before_generation: int
+    before_model: str
+    unit: Literal["box", "replica"]
+    total: int
+    targets: list[int]
+    admitted: int
+    ready: int
+    away: int
+    wave: int
+    wave_units: list[str]
+    began_ms: int
+    wave_since_ms: int
+    ready_since_ms: int
+    observe_ms: int
+    changed_at_ms: int
+    reason: str = ""
 
 
 SignatureState = Literal["none", "unchecked", "verified", "not_trusted"]

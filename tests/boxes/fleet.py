@@ -57,7 +57,8 @@ class Operator:
         common = {
             "ansible_user": "root", "ansible_ssh_common_args": ssh, "skerry_fleet": FLEET, "skerry_release_dir": str(self._releases),
             "skerry_broker_host": self.hub.name, "skerry_coordinator_url": f"https://{self.hub.name}:8443", "coordinator_soak": 2,
-            "edge_agent_soak": 10, "edge_agent_least_requests": 20, "edge_agent_agent_settings": {"sample_every_s": 1}, "skerry_waves": [1, "100%"],
+            "edge_agent_soak": 10, "edge_agent_least_requests": 20, "edge_agent_agent_settings": {"sample_every_s": 1},
+            "skerry_waves": [1, "100%"],
         }  # fmt: skip
         groups = {"coordinator": {"hosts": {self.hub.name: {}}}, "broker": {"hosts": {self.hub.name: {}}}, "edge": edge}
         self.inventory.write_text(json.dumps({"all": {"hosts": names, "vars": common, "children": groups}}))

@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from coordinator.api import accounts, draining, enrolment, recovery
+from coordinator.api import accounts, draining, enrolment, recovery, rollouts
 from coordinator.api.calls import CALLS
 from coordinator.config import Announce, OpenIdConnect
 from coordinator.config import Config as CoordinatorConfig
@@ -288,7 +288,7 @@ def test_every_call_of_the_api_is_documented_with_who_may():
     told = [(cells[0], cells[1].strip("`"), cells[2]) for cells in rows(sections(page("api.md"))["API"])]
     assert told == [
         (call.method, call.path, "everybody" if call.is_open else call.role + (", box" if call.boxes else ""))
-        for call in [*CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS]
+        for call in [*CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS, *rollouts.CALLS]
     ]
 
 

@@ -47,7 +47,7 @@ def turn(tables: Tables, *, now_ms: int) -> list[Rollout]:
         now = msgspec.structs.replace(held, state=after, changed_at_ms=now_ms)
         rollouts.save_rollout(tables, now)
         _tell(tables, held, now, now_ms)
-        if after.phase in ("failed", "aborted"):
+        if after.phase == "failed":
             take_back(tables, now, now_ms)
         changed.append(now)
     return changed
@@ -190,7 +190,7 @@ def _tell(tables: Tables, before: Rollout, after: Rollout, now_ms: int) -> None:
     old, new, name = before.state, after.state, after.deployment
     unit = "replicas" if after.after.spec.replicas.count is not None else "boxes"
     if len(new.waves) > len(old.waves):
-        text = f"wave {len(new.waves)}: {len(new.waves[-1])} {unit}, {len(new.admitted)} have generation {after.after.generation} now"
+        text = f"wave {len(new.waves)}: {len(new.waves[-1])} more {unit}, {len(new.admitted)} in all are to have it"
         events.add_own_event(tables, "", "rollout.wave", name, text, now_ms)
     if new.ready_since_ms and not old.ready_since_ms:
         events.add_own_event(tables, "", "rollout.ready", name, f"wave {len(new.waves)} is ready, and watched", now_ms)
@@ -203,10 +203,10 @@ def _tell(tables: Tables, before: Rollout, after: Rollout, now_ms: int) -> None:
             )
         case "done":
             events.add_own_event(tables, "", "rollout.done", name, f"generation {after.after.generation} is everywhere", now_ms)
-        case "failed" | "aborted":
+        case "failed":
             text = f"{new.reason}; back to what generation {after.before.generation} was"
-            events.add_own_event(tables, "", f"rollout.{new.phase}", name, text, now_ms)
-        case "rolling":
+            events.add_own_event(tables, "", "rollout.failed", name, text, now_ms)
+        case "rolling" | "aborted":  # who aborts it says so
             pass
 
 

@@ -104,6 +104,12 @@ def _known(tables: Tables, name: str) -> Rollout:
     return held
 
 
+def shown(tables: Tables, name: str) -> RolloutView | None:
+    """Of one deployment, if it has one."""
+    held = rollouts.read_rollout(tables, name)
+    return view_of(held, World(tables)) if held is not None else None
+
+
 def views(tables: Tables) -> list[RolloutView]:
     """Of every deployment that has one."""
     world = World(tables)

@@ -7,9 +7,11 @@ from typing import Any
 
 from aiohttp import web
 
+from coordinator.api import rollouts
 from coordinator.console.rendering import is_fragment, missing, page
 from coordinator.console.verdict import judge
 from coordinator.console.wording import Mark, ready_mark
+from coordinator.registry.database import Database
 from coordinator.views import Views
 from skerry.wire import codec
 from skerry.wire.api import DeploymentView, NodeView, SplitView, StatusView
@@ -24,8 +26,9 @@ EVENT_LIMITS = (200, 1000)
 class Pages:
     """The handlers; ``status`` is the API's call of that name, which knows whether the broker is there."""
 
-    def __init__(self, views: Views, status: Callable[[web.Request], Awaitable[web.Response]]) -> None:
+    def __init__(self, views: Views, database: Database, status: Callable[[web.Request], Awaitable[web.Response]]) -> None:
         self._views = views
+        self._database = database
         self._ask_status = status
 
     async def _status(self, request: web.Request) -> StatusView:
@@ -82,6 +85,8 @@ class Pages:
             "nodes": nodes,
             "silent": _silent(used),
             "reported": reported,
+            "rollout": await self._database.read(lambda tables: rollouts.shown(tables, name)),
+            "now_ms": time.time_ns() // 1_000_000,
             "events": await self._views.events(subject=name, limit=EVENTS_HERE),
             **await self._span(request, deployment=name),
         }

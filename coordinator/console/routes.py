@@ -36,7 +36,7 @@ def attach(
         filters={"ready_mark": deployment_mark},
     )
     entrance = Entrance(access, entry, changes, provider)
-    pages, people = Pages(views, status), People(database, changes, entrance)
+    pages, people = Pages(views, database, status), People(database, changes, entrance)
     see, do = entrance.guarded, entrance.guarded_form
     app.add_routes(
         [

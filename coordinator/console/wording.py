@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from skerry.wire.api import ServeView
+from skerry.wire.api import RolloutView, ServeView
 from skerry.wire.units import format_bytes
 
 Level = Literal["good", "busy", "warn", "bad", "idle"]
@@ -65,6 +65,9 @@ _EVENT_ENDINGS: dict[str, Level] = {
     "back": "good",
     "up": "good",
     "ready": "good",
+    "done": "good",
+    "waiting": "busy",
+    "aborted": "warn",
 }
 
 
@@ -83,6 +86,21 @@ def ready_mark(ready: int, wanted: int) -> Mark:
     if not wanted:
         return Mark("warn", "▲", "nothing placed")
     return Mark("good", "●", "ready") if ready >= wanted else Mark("busy", "◐", f"{ready} of {wanted}")
+
+
+ROLLOUT_MARKS: dict[str, Mark] = {
+    "rolling": Mark("busy", "◐", "spreading"),
+    "waiting": Mark("warn", "▲", "waits to be approved"),
+    "done": Mark("good", "●", "done"),
+    "failed": Mark("bad", "✕", "failed, taken back"),
+    "aborted": Mark("warn", "▲", "aborted, taken back"),
+}
+
+
+def rollout_mark(view: RolloutView) -> Mark:
+    """How a change stands."""
+    is_held = view.is_paused and view.phase in ("rolling", "waiting")
+    return Mark("warn", "▲", "paused") if is_held else ROLLOUT_MARKS[view.phase]
 
 
 def event_level(kind: str) -> Level:
@@ -150,6 +168,7 @@ def size(value: int) -> str:
 
 FILTERS = {
     "node_mark": node_mark,
+    "rollout_mark": rollout_mark,
     "phase_mark": phase_mark,
     "event_level": event_level,
     "shares": shares,

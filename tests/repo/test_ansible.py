@@ -198,7 +198,7 @@ def rendered(tmp_path_factory) -> Path:
             "lost_after_s": 30,
             "openid_connect": {"issuer": "https://id.example.org", "client_id": "s", "admins": ["a"]},
         },
-        "coordinator_openid_client_secret": "from a vault",
+        "coordinator_openid_client_secret": "{{ none_such | default('told') }}",
         "skerry_model_keys": "-----BEGIN PUBLIC KEY-----",
         "broker_config_dir": str(work / "broker"),
         "broker_data_dir": str(work / "data"),

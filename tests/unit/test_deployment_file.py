@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.deployment import MAX_TEXT_BYTES, Deployment, DeploymentError, Policy, Replicas, parse
+from coordinator.core.rollout import Rules
 from skerry.wire import codec
 from skerry.wire.messages import Batching, CloudBudget, Server
 
@@ -36,7 +37,7 @@ def refused(text: str) -> DeploymentError:
     return caught.value
 
 
-def test_the_example_of_the_design_is_taken_and_says_what_is_not_acted_on_yet():
+def test_the_example_of_the_design_is_taken_and_says_what_can_not_be_acted_on():
     parsed = parse(EXAMPLE)
     warnings = parsed.warnings
     assert msgspec.structs.replace(parsed, warnings=[]) == Deployment(
@@ -56,8 +57,9 @@ def test_the_example_of_the_design_is_taken_and_says_what_is_not_acted_on_yet():
         split="overflow",
         cloud_budget=CloudBudget(2000),
         disconnect=Policy(60_000, replace=True, reconcile="keep_original", stop_on_box_after_ms=0),
+        rollout=Rules([1, 0.1, 1.0], 0.95, 120_000),
     )
-    assert [warning.partition(":")[0] for warning in warnings] == ["rollout", "disconnect.replace"]
+    assert [warning.partition(":")[0] for warning in warnings] == ["disconnect.replace"]
 
 
 def test_two_lines_are_enough():

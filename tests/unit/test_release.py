@@ -1,0 +1,151 @@
+"""A release holds what the lock file asks for, and nothing is unpacked that its manifest does not vouch for."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from skerry.release import archive, unpack
+
+LOCK = """\
+msgspec==0.19.0 \\
+    --hash=sha256:{msgspec} \\
+    --hash=sha256:{other}
+    # via skerry
+tool==1.0 ; sys_platform == 'win32' \\
+    --hash=sha256:{other}
+"""
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """Wheels (of a kind) and a lock file."""
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels/skerry-1.2.3-py3-none-any.whl").write_bytes(b"ours")
+    (tmp_path / "wheels/msgspec-0.19.0-cp311-cp311-manylinux_2_17_x86_64.whl").write_bytes(b"theirs")
+    (tmp_path / "lock.txt").write_text(LOCK.format(msgspec=digest(b"theirs"), other=digest(b"of another machine")))
+    return tmp_path
+
+
+def build(site: Path) -> Path:
+    out = site / "skerry-1.2.3.tar"
+    archive.build(site / "wheels", site / "lock.txt", out, python="3.11", machine="x86_64")
+    return out
+
+
+def extracted(path: Path, folder: Path) -> dict[str, bytes]:
+    with tarfile.open(path, "r:") as tar:
+        unpack.extract(tar, unpack.read_manifest(tar), folder)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_what_goes_in_comes_out_and_the_same_wheels_give_the_same_bytes(site):
+    first = build(site).read_bytes()
+    assert build(site).read_bytes() == first
+    found = extracted(site / "skerry-1.2.3.tar", site / "out")
+    assert found["wheels/skerry-1.2.3-py3-none-any.whl"] == b"ours"
+    assert found["wheels/msgspec-0.19.0-cp311-cp311-manylinux_2_17_x86_64.whl"] == b"theirs"
+    assert found["unpack.py"] == Path(unpack.__file__).read_bytes()
+    assert "win32" not in found["requirements.txt"].decode(), "the boxes need no marker to be judged"
+    assert f"--hash=sha256:{digest(b'theirs')}" in found["requirements.txt"].decode()
+
+
+def test_a_wheel_that_is_missing_or_another_is_found_where_the_release_is_made(site):
+    (site / "wheels/msgspec-0.19.0-cp311-cp311-manylinux_2_17_x86_64.whl").write_bytes(b"tampered with")
+    with pytest.raises(archive.NotBuilt, match=r"no wheel of msgspec==0\.19\.0"):
+        build(site)
+
+
+@pytest.mark.parametrize("own", [[], ["skerry-1.2.3-py3-none-any.whl", "skerry-1.2.4-py3-none-any.whl"]])
+def test_there_is_one_wheel_of_skerry_itself(site, own):
+    for path in (site / "wheels").glob("skerry-*"):
+        path.unlink()
+    for name in own:
+        (site / "wheels" / name).write_bytes(b"ours")
+    with pytest.raises(archive.NotBuilt, match="wheels of Skerry itself, not one"):
+        build(site)
+
+
+def remade(path: Path, change) -> Path:
+    """The release with its members changed: a list of (TarInfo, bytes)."""
+    with tarfile.open(path, "r:") as tar:
+        members = [(member, file.read() if (file := tar.extractfile(member)) else b"") for member in tar]
+    changed = change(members)
+    with tarfile.open(path, "w") as tar:
+        for member, content in changed:
+            if member.isreg():
+                member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def another(name: str, content: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, link, len(content) if kind == tarfile.REGTYPE else 0
+    return member, content if kind == tarfile.REGTYPE else b""
+
+
+def with_manifest(members, **changes):
+    manifest = json.loads(members[0][1]) | changes
+    return [(members[0][0], json.dumps(manifest).encode()), *members[1:]]
+
+
+GOOD = {"size": 1, "sha256": "0" * 64}
+HOSTILE = {
+    "a byte that is another": lambda m: [*m[:-1], (m[-1][0], bytes(len(m[-1][1])))],
+    "a file that is shorter": lambda m: [*m[:-1], (m[-1][0], m[-1][1][:-1])],
+    "a file that is missing": lambda m: m[:-1],
+    "a file that nobody vouches for": lambda m: [*m, another("wheels/evil-1.0-py3-none-any.whl")],
+    "a file twice": lambda m: [*m, m[-1]],
+    "a link": lambda m: [*m, another("wheels/link.whl", kind=tarfile.SYMTYPE, link="/etc/passwd")],
+    "a device": lambda m: [*m, another("wheels/null", kind=tarfile.CHRTYPE)],
+    "a way out": lambda m: [*m, another("../../etc/cron.d/evil")],
+    "an absolute path": lambda m: [*m, another("/etc/cron.d/evil")],
+    "no manifest": lambda m: m[1:],
+    "a manifest that is no JSON": lambda m: [(m[0][0], b"{"), *m[1:]],
+    "a manifest of another kind": lambda m: [(m[0][0], b"[]"), *m[1:]],
+    "another format": lambda m: with_manifest(m, format=2),
+    "a version that is a way out": lambda m: with_manifest(m, version="../../etc"),
+    "a version that is a number": lambda m: with_manifest(m, version=1),
+    "no lock file": lambda m: with_manifest(m, files={}),
+    "files that are a list": lambda m: with_manifest(m, files=["requirements.txt"]),
+    "a name with a way out in the manifest": lambda m: with_manifest(m, files={"requirements.txt": GOOD, "wheels/../x": GOOD}),
+    "a size below nothing": lambda m: with_manifest(m, files={"requirements.txt": {"size": -1, "sha256": "0" * 64}}),
+    "a size that fills the disk": lambda m: with_manifest(m, files={"requirements.txt": {"size": 2**50, "sha256": "0" * 64}}),
+    "a digest that is none": lambda m: with_manifest(m, files={"requirements.txt": {"size": 1, "sha256": "x"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_release_that_is_not_what_its_manifest_says_is_refused(site, what):
+    path = remade(build(site), HOSTILE[what])
+    with pytest.raises(unpack.NotUnpacked):
+        extracted(path, site / "out")
+    found = {str(file.relative_to(site)) for file in site.rglob("*") if file.is_file() or file.is_symlink()}
+    assert {name.partition("/")[0] for name in found} <= {"wheels", "lock.txt", "skerry-1.2.3.tar", "out"}
+    assert not any((site / "out").rglob("*.whl")) or what not in ("no manifest", "another format")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar", bytes(10240)])
+def test_what_is_no_archive_is_refused(site, content):
+    (site / "x.tar").write_bytes(content)
+    with pytest.raises(unpack.NotUnpacked):
+        unpack.unpack(site / "x.tar", site / "opt", python="/bin/false", say=lambda line: None)
+    assert not (site / "opt").exists()
+
+
+def test_a_release_for_another_python_or_machine_is_refused_before_anything_is_made(site):
+    import sys
+
+    out = site / "skerry-1.2.3.tar"
+    archive.build(site / "wheels", site / "lock.txt", out, python="3.99", machine="x86_64")
+    with pytest.raises(unpack.NotUnpacked, match=r"is for Python 3\.99 on x86_64"):
+        unpack.unpack(out, site / "opt", python=sys.executable, say=lambda line: None)
+    assert not (site / "opt").exists()

@@ -21,6 +21,7 @@ USABLE_SHARE = 0.8
 """Of a box's memory; the rest is the system's and ours."""
 MAX_REASON = 300
 """Characters of a box's own words in a reason: it is kept once for each deployment."""
+NO_FIT = "no box fits"
 MAX_PEERS = 8
 """Neighbours that one box may ask: enough to find an idle one, few enough for a document."""
 
@@ -244,7 +245,8 @@ def _together(old: Outcome, new: Outcome) -> Outcome:
     used = {placement.node for placement in placements}
     reasons = {refusal.node: refusal.reason for outcome in (old, new) for refusal in outcome.refusals if refusal.node not in used}
     refusals = [Refusal(node, reason) for node, reason in sorted(reasons.items())]
-    problem = "; ".join(dict.fromkeys(filter(None, [old.problem, new.problem])))
+    problems = [half.problem for half in (old, new) if half.problem and not (half.problem == NO_FIT and placements)]
+    problem = "; ".join(dict.fromkeys(problems))
     return Outcome(old.wanted + new.wanted, placements, refusals, problem)
 
 
@@ -282,9 +284,7 @@ def _place_all(
     problem = "" if found == asked else f"{asked - found} of {asked} replicas found no box with room"
     if not problem and (lost := _without_room(spec, placements)):
         problem = f"{lost} of {asked} replicas run on boxes that are lost, and no other box has room"
-    return Outcome(
-        asked, placements, [Refusal(node, reason) for node, reason in sorted(refusals.items())], problem if fitting else "no box fits"
-    )
+    return Outcome(asked, placements, [Refusal(node, reason) for node, reason in sorted(refusals.items())], problem if fitting else NO_FIT)
 
 
 def _place_on_each(spec: Deployment, per_node: int, fitting: Sequence[Node], free: dict[str, _Free]) -> list[Placement]:

@@ -10,7 +10,7 @@ from skerry.cli import output
 from skerry.cli.client import CliError
 from skerry.cli.command import Json, reporting
 from skerry.image.engine import ImageError
-from skerry.release import archive
+from skerry.release import archive, prune
 from skerry.wire.units import format_bytes
 
 app = typer.Typer(no_args_is_help=True, help="Releases of Skerry itself.")
@@ -41,3 +41,27 @@ def release_build(
         soft_wrap=True,
         highlight=False,
     )
+
+
+@app.command("prune")
+@reporting
+def release_prune(
+    root: Annotated[Path, typer.Option(help="where releases lie")] = Path("/opt/skerry"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say which would go, and remove nothing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove releases from this machine that nothing needs.
+
+    The present one stays, the one before, and each that a program or a sandbox runs from.
+    """
+    try:
+        gone = prune.unneeded(root) if dry_run else prune.prune(root)
+    except OSError as exc:
+        raise CliError(f"{exc.filename or root}: {exc.strerror}") from exc
+    if as_json:
+        output.print_json({"removed": [path.name for path in gone], "dry_run": dry_run})
+        return
+    for path in gone:
+        output.console.print(f"{path.name} {'would go' if dry_run else 'is gone'}", highlight=False)
+    if not gone:
+        output.console.print(f"nothing in {root} may go", highlight=False)

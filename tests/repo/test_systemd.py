@@ -15,7 +15,10 @@ from tests.conftest import need
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
 PROGRAMS = ("agent", "warden", "gateway", "coordinator", "signer")
-OTHERS = ("skerry-broker-files.path", "skerry-broker-files.service", "skerry-gateway.socket", "skerry.slice", "skerry-sandboxes.slice")
+OTHERS = (
+    "skerry-broker-files.path", "skerry-broker-files.service", "skerry-gateway.socket", "skerry.slice", "skerry-sandboxes.slice",
+    "skerry-housekeeping.timer", "skerry-housekeeping.service",
+)  # fmt: skip
 NEWER = ("DelegateSubgroup=", "RestartSteps=")
 """Keys of drop-ins that are installed from systemd 254 on."""
 STOPS_WITHIN_S = 10
@@ -75,11 +78,17 @@ def root(tmp_path: Path) -> Path:
         if systemd_version() >= 254 or not any(key in drop_in.read_text() for key in NEWER):
             shutil.copy(drop_in, units / drop_in.parent.name)
     # What the units lean on; a real systemd brings these.
-    for target in ("sysinit", "basic", "paths", "sockets", "shutdown", "network", "time-sync", "multi-user"):
+    for target in ("sysinit", "basic", "paths", "sockets", "timers", "time-set", "shutdown", "network", "time-sync", "multi-user"):
         (units / f"{target}.target").write_text("[Unit]\nDescription=stub\n")
     for unit in ("system.slice", "-.slice", "dbus.socket"):
         (units / unit).write_text("[Unit]\nDescription=stub\n" + ("[Socket]\nListenStream=/run/dbus\n" if unit.endswith("socket") else ""))
-    for path in ("bin/kill", "usr/bin/install", "usr/bin/systemctl", *(f"opt/skerry/current/bin/skerry-{program}" for program in PROGRAMS)):
+    for path in (
+        "bin/kill",
+        "usr/bin/install",
+        "usr/bin/systemctl",
+        "opt/skerry/current/bin/skerry",
+        *(f"opt/skerry/current/bin/skerry-{program}" for program in PROGRAMS),
+    ):
         stub = tmp_path / path
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text("#!/bin/sh\n")

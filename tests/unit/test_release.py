@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skerry.release import archive, unpack
+from skerry.release import archive, prune, unpack
 
 LOCK = """\
 msgspec==0.19.0 \\
@@ -149,3 +149,53 @@ def test_a_release_for_another_python_or_machine_is_refused_before_anything_is_m
     with pytest.raises(unpack.NotUnpacked, match=r"is for Python 3\.99 on x86_64"):
         unpack.unpack(out, site / "opt", python=sys.executable, say=lambda line: None)
     assert not (site / "opt").exists()
+
+
+# -- releases that nothing needs
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> tuple[Path, Path]:
+    """Where releases lie, and processes."""
+    root, processes = tmp_path / "skerry", tmp_path / "proc"
+    for version in ("1.0", "1.1", "1.2", "1.3", "1.4"):
+        (root / version / "lib").mkdir(parents=True)
+        (root / version / unpack.COMPLETE).touch()
+    (root / "notes").mkdir()
+    (root / "current").symlink_to("1.4")
+    (root / "previous").symlink_to("1.3")
+    for pid in ("1", "77", "self", "sys"):
+        (processes / pid).mkdir(parents=True)
+    (processes / "1/cmdline").write_bytes(b"/sbin/init\0")
+    return root, processes
+
+
+def test_what_is_present_before_or_run_from_stays_and_the_rest_goes(machine):
+    root, processes = machine
+    (processes / "1/cmdline").write_bytes(f"{root}/1.1/bin/python\0{root}/current/bin/skerry-warden\0".encode())
+    (processes / "77/mountinfo").write_text(
+        "31 28 0:4 /opt/skerry/1.0/lib/python3.11/site-packages /usr/lib/skerry ro - ext4 /dev/sda1 rw\n"
+    )
+    assert [path.name for path in prune.unneeded(root, processes=processes)] == ["1.2"]
+    assert [path.name for path in prune.prune(root, processes=processes)] == ["1.2"]
+    assert sorted(path.name for path in root.iterdir()) == ["1.0", "1.1", "1.3", "1.4", "current", "notes", "previous"]
+
+
+def test_a_version_is_not_taken_for_one_that_begins_like_it(machine):
+    root, processes = machine
+    (processes / "77/cmdline").write_bytes(f"{root}/1.22/bin/python".encode())
+    assert "1.2" in [path.name for path in prune.unneeded(root, processes=processes)]
+
+
+def test_one_that_is_being_unpacked_is_left_for_a_day(machine):
+    root, processes = machine
+    (root / "1.2" / unpack.COMPLETE).unlink()
+    now_s = (root / "1.2").stat().st_mtime
+    assert "1.2" not in [path.name for path in prune.unneeded(root, processes=processes, now_s=now_s + 3600)]
+    assert "1.2" in [path.name for path in prune.unneeded(root, processes=processes, now_s=now_s + 25 * 3600)]
+
+
+def test_without_a_present_one_nothing_goes(machine):
+    root, processes = machine
+    (root / "current").unlink()
+    assert prune.unneeded(root, processes=processes) == []

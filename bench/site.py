@@ -2,9 +2,9 @@
 
 ``python -m bench.site [--boxes N]``, as root, with systemd-nspawn and mmdebstrap
 
-First the coordinator's machine and one box, then all others in the usual waves (1, 10 %, 50 %, 100 %), each from a bare Debian; then a model
-on all of them; then the next release, while every box is asked ten times a second. The machines share this one's processors: a good part of
-the time is that of unpacking a release, once for each of them.
+First the coordinator's machine and one box, then all others in the usual waves (1, 10 %, 50 %, 100 %), each from a bare Debian; then a
+model on all of them; then the next release, while every box is asked ten times a second. The machines share this one's processors: a
+good part of the time is that of unpacking a release, once for each of them.
 """
 
 import argparse

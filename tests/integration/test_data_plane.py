@@ -135,6 +135,12 @@ async def used_to_quick_answers(session, here: Box) -> np.ndarray:
     return x
 
 
+async def refused_after_s(session, here: Box, x: np.ndarray) -> float:
+    began = time.monotonic()
+    assert (await infer(session, here, x, timeout_ms=2500))[0] == 503
+    return time.monotonic() - began
+
+
 def test_the_only_replica_held_up_for_a_moment_costs_time_and_no_request(tmp_path, doubler):
     async def scene():
         async with fleet(tmp_path) as (here, _, session), Replicas(tmp_path, doubler, 1) as replicas:
@@ -159,11 +165,12 @@ def test_who_comes_to_a_frozen_replica_that_is_the_only_one_is_told_at_once(tmp_
             x = await used_to_quick_answers(session, here)
             (process,) = replicas.processes
             process.send_signal(signal.SIGSTOP)
-            frozen = asyncio.create_task(infer(session, here, x))
+            frozen = asyncio.create_task(infer(session, here, x, timeout_ms=25_000))
             await asyncio.sleep(2)
-            began = time.monotonic()
-            assert (await infer(session, here, x))[0] == 503
-            assert time.monotonic() - began < 1
+            took_s = [await refused_after_s(session, here, x) for _ in range(4)]
+            # How long an answer may take before its replica counts as frozen goes by the slowest of those before.
+            assert min(took_s) < 1
+            assert took_s[-1] < 1, "and so it stays"
             process.send_signal(signal.SIGCONT)
             assert (await frozen)[0] == 200
 

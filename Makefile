@@ -48,7 +48,7 @@ fix: setup ## format and apply safe lint fixes
 	@$(BIN)/ruff check --fix .
 
 test: check ## the checks and every test; ends with what was not run and why
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m tests
 
 lock: ## resolve the requirements again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu --extra grpc --extra demo --group build pyproject.toml -o requirements/demo.txt

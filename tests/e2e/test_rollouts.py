@@ -25,7 +25,7 @@ slo: {{deadline_ms: 4000}}
 rollout: {{waves: [1, "100%"], observe: {observe}, deadline: 30s{more}}}
 """
 BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}]}).encode()
-TIMES = 60
+TIMES = 200
 
 
 def spec(model: str, *, replicas: str = "{per_node: 1}", observe: str = "2s", more: str = "") -> str:

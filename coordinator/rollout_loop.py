@@ -146,16 +146,12 @@ def _failure(spec: ReplicaSpec | None, report: ReplicaReport | None) -> str:
 
 def _looked_at(tables: Tables, held: Rollout, world: World, now_ms: int) -> State:
     rules, seed = held.after.spec.rollout or DEFAULT, f"{held.deployment} {held.after.generation}"
-    since_s = (held.state.began_ms or now_ms) // 1000 - BASELINE_S
-    units = units_of(held, world, _asked(tables, held.deployment, since_s))
+    since_s = now_ms // 1000 - BASELINE_S
+    units = units_of(held, world, measurements.read_asked(tables, held.deployment, since_s=since_s))
     if not held.state.waves:
         return rollout.begin(rules, units, _baseline(tables, held.deployment, since_s), seed=seed, now_ms=now_ms)
     counts = _counts(tables, held, rules) if held.state.ready_since_ms else Counts()
     return rollout.step(held.state, rules, units, counts, seed=seed, now_ms=now_ms)
-
-
-def _asked(tables: Tables, deployment: str, since_s: int) -> dict[str, int]:
-    return measurements.read_asked(tables, deployment, since_s=since_s)
 
 
 def _baseline(tables: Tables, deployment: str, since_s: int) -> Baseline:

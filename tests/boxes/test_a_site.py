@@ -162,6 +162,7 @@ def test_a_bad_release_is_stopped_at_the_canary_and_taken_back(operator, version
         play = operator.play("boxes", version=version)
     assert play.status == 2, play.text[-3000:]
     assert why in play.text
+    assert "box-1: " in play.text
     assert "0.2.0 is back" in play.text
     assert load.failed == []
     operator.until(lambda: versions(operator) == dict.fromkeys(("box-1", "box-2", "box-3"), "0.2.0"))

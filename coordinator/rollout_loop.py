@@ -132,9 +132,7 @@ def _spec(document: Desired | None, replica: str) -> ReplicaSpec | None:
 
 
 def _is_current(spec: ReplicaSpec | None, report: ReplicaReport | None) -> bool:
-    if spec is None or report is None or report.phase != "ready":
-        return False
-    return report.generation == spec.generation and report.sha256 == spec.model.sha256
+    return spec is not None and report is not None and report.phase == "ready" and report.is_of(spec)
 
 
 def _failure(spec: ReplicaSpec | None, report: ReplicaReport | None) -> str:
@@ -150,35 +148,24 @@ def _looked_at(tables: Tables, held: Rollout, world: World, now_ms: int) -> Stat
     units = units_of(held, world, measurements.read_asked(tables, held.deployment, since_s=since_s))
     if not held.state.waves:
         return rollout.begin(rules, units, _baseline(tables, held.deployment, since_s), seed=seed, now_ms=now_ms)
-    counts = _counts(tables, held, rules) if held.state.ready_since_ms else Counts()
+    counts = _counts(tables, held, world, rules) if held.state.ready_since_ms else Counts()
     return rollout.step(held.state, rules, units, counts, seed=seed, now_ms=now_ms)
 
 
 def _baseline(tables: Tables, deployment: str, since_s: int) -> Baseline:
-    total = _sum(measurements.read_served(tables, since_s=since_s, deployment=deployment))
-    return Baseline(_all(total), total.refused + total.failed, latency.quantile_ms(total.latency, 0.99))
+    total = measurements.total(measurements.read_served(tables, since_s=since_s, deployment=deployment))
+    return Baseline(total.asked, total.refused + total.failed, latency.quantile_ms(total.latency, 0.99))
 
 
-def _counts(tables: Tables, held: Rollout, rules: Rules) -> Counts:
+def _counts(tables: Tables, held: Rollout, world: World, rules: Rules) -> Counts:
     """What the present wave's boxes served since it was ready."""
-    outcome, wave = deployments.read_outcomes(tables).get(held.deployment, planner.Outcome(0)), set(held.state.waves[-1])
+    outcome, wave = world.outcomes.get(held.deployment, planner.Outcome(0)), set(held.state.waves[-1])
     boxes = sorted({p.node for p in outcome.placements if p.node in wave or p.replica in wave})[:MOST_MEASURED]
     since_s = -(-held.state.ready_since_ms // 1000)
-    total = _sum(measurements.read_served_by(tables, boxes, since_s=since_s, deployment=held.deployment))
+    total = measurements.total(measurements.read_served_by(tables, boxes, since_s=since_s, deployment=held.deployment))
     limit_ms = rollout.slow_ms(rules, held.state.baseline, held.after.spec.deadline_ms)
     slow = sum(count for bucket, count in total.latency.items() if latency.middle_ms(bucket) > limit_ms)
-    return Counts(_all(total), total.refused + total.failed, slow)
-
-
-def _sum(served: list[measurements.Served]) -> measurements.Served:
-    total = measurements.Served("", 0, "")
-    for one in served:
-        total = measurements.plus(total, one)
-    return total
-
-
-def _all(served: measurements.Served) -> int:
-    return served.edge + served.peer + served.cloud + served.refused + served.failed
+    return Counts(total.asked, total.refused + total.failed, slow)
 
 
 def _tell(tables: Tables, before: Rollout, after: Rollout, now_ms: int) -> None:

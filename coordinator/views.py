@@ -1,6 +1,5 @@
 """What the API and the console show, put together from the registry and from what is only true now."""
 
-import functools
 import time
 from collections.abc import Iterable, Mapping
 
@@ -259,7 +258,7 @@ class Views:
         """What one box answered within the last ``window_s``, over all deployments, in whole buckets."""
         since_s = int(time.time()) - window_s
         served = await self._database.read(lambda tables: measurements.read_served(tables, since_s=since_s, node=node))
-        return serve_view(functools.reduce(measurements.plus, served, measurements.Served("", since_s, node)), window_s)
+        return serve_view(measurements.total(served), window_s)
 
     async def load(self, node: str, *, minutes: int) -> LoadView:
         """One box's load over time."""
@@ -322,7 +321,7 @@ def _outlook(node: Node, desired: Desired | None, specs: Mapping[str, Deployment
 
 
 def _placement(placed: Placement, spec: ReplicaSpec | None, report: ReplicaReport | None) -> PlacementView:
-    is_current = spec is not None and report is not None and report.generation == spec.generation and report.sha256 == spec.model.sha256
+    is_current = spec is not None and report is not None and report.is_of(spec)
     if report is None:
         return PlacementView(
             placed.node, placed.replica, placed.reason, "pending", is_current=False, status="the box has not reported it yet",

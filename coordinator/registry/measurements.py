@@ -1,5 +1,8 @@
 """Measurements in buckets of a few seconds: who answered how fast, and how busy the boxes were."""
 
+import functools
+from collections.abc import Iterable
+
 import msgspec
 from sqlite_utils import Database as Tables
 
@@ -19,6 +22,11 @@ class Served(msgspec.Struct, frozen=True):
     failed: int = 0
     late: int = 0
     latency: dict[int, int] = {}
+
+    @property
+    def asked(self) -> int:
+        """All requests; those that were late are among the answered ones."""
+        return self.edge + self.peer + self.cloud + self.refused + self.failed
 
 
 class BoxLoad(msgspec.Struct, frozen=True):
@@ -44,6 +52,11 @@ def plus(a: Served, b: Served) -> Served:
     counts = {name: min(MOST, getattr(a, name) + getattr(b, name)) for name in COUNTS}
     merged = {bucket: min(MOST, count) for bucket, count in latency.merged([a.latency, b.latency]).items()}
     return msgspec.structs.replace(a, latency=merged, **counts)
+
+
+def total(served: Iterable[Served]) -> Served:
+    """The sum of any number of buckets, under no name."""
+    return functools.reduce(plus, served, Served("", 0, ""))
 
 
 def buckets(begin_s: int, width_s: int, rollup_s: int) -> range:

@@ -218,6 +218,10 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     is_warm: bool = False
     """Whether it was started ahead and only had to load the model."""
 
+    def is_of(self, spec: "ReplicaSpec") -> bool:
+        """Whether it is what ``spec`` asks for, in whatever phase."""
+        return self.generation == spec.generation and self.sha256 == spec.model.sha256
+
     @property
     def state(self) -> str:
         """The phase, or ``crash_loop`` where it is not tried again."""

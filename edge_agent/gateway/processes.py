@@ -79,11 +79,16 @@ class Board:
         return None if newest is None else msgspec.msgpack.decode(newest[1], type=kind)
 
     def _newest(self, place: int) -> tuple[int, bytes] | None:
-        for _ in range(READ_TRIES):  # both halves can only be torn where the writer came round while we read
-            halves = [self._half(self._at(place, half)) for half in (0, 1)]
-            whole = [half for half in halves if half is not None]
-            if whole:
-                return max(whole)
+        for _ in range(
+            READ_TRIES
+        ):  # both halves can only be torn, or the one that is not be old, where the writer came round while we read
+            halves = [(at, self._half(at)) for at in (self._at(place, half) for half in (0, 1))]
+            whole = [(at, half) for at, half in halves if half is not None]
+            if len(whole) == len(halves):
+                return max(half for _, half in whole)
+            # Alone it is the newest only if it still stands: else both were written anew since it was looked at, and this is an old one.
+            if whole and _HALF.unpack_from(self._map, whole[0][0])[0] == whole[0][1][0]:
+                return whole[0][1]
         return None
 
     def _half(self, at: int) -> tuple[int, bytes] | None:

@@ -53,3 +53,35 @@ def test_what_is_too_long_for_a_page_leaves_the_old_one():
     assert board.read(0, list[str]) == ["kept"]
     board.write(0, ["next"])
     assert board.read(0, list[str]) == ["next"]
+
+
+CROWDED = """
+import os, signal, time
+from edge_agent.gateway.processes import Board
+
+board, newest, parent = Board(2, page_bytes=2000), 0, os.getpid()
+children = []
+for number in range(4):
+    children.append(os.fork())
+    if children[-1] == 0:
+        count = 0
+        while os.getppid() == parent:
+            count += 1
+            if number == 0:
+                board.write(1, [count] * (1 + count % 300))
+        os._exit(0)
+until = time.monotonic() + 6
+while time.monotonic() < until:
+    page = board.read(1, list[int])
+    assert page is not None or not newest, "what could be read went away"
+    if page is not None:
+        assert page[0] >= newest, f"went back from {newest} to {page[0]}"
+        newest = page[0]
+print(newest)
+"""
+
+
+def test_a_reader_that_is_held_up_between_the_two_halves_does_not_take_an_old_one_for_the_newest():
+    done = subprocess.run([sys.executable, "-c", CROWDED], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10_000

@@ -101,11 +101,11 @@ class Artifacts:
         except (FetchFailed, aiohttp.ClientError, OSError, TimeoutError) as exc:
             if not isinstance(exc, FetchFailed):
                 self._url_failed()
-            reason = f"model {model.name}:{model.version}: {exc or type(exc).__name__}"
+            reason = f"{model.title}: {exc or type(exc).__name__}"
             logger.warning("model.not_fetched", reason=reason, attempt=attempt + 1)
             self._arrived(model.sha256, reason[:500])
         else:
-            logger.info("model.fetched", model=f"{model.name}:{model.version}", bytes=model.size_bytes)
+            logger.info("model.fetched", model=model.title, bytes=model.size_bytes)
             self._next_try[model.sha256] = time.monotonic() + ADMIT_S  # the warden hashes it now
             self._arrived(model.sha256, "")
 

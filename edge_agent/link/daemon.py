@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ from edge_agent.link.session import Reach, Session
 from edge_agent.link.telemetry import Telemetry
 from edge_agent.link.warden import WardenLink
 from skerry import __version__
-from skerry.runtime import lifecycle, log, nvml, sdnotify, settings, tls
+from skerry.runtime import durable, lifecycle, log, nvml, sdnotify, settings, tls
 from skerry.runtime.proved_time import ProvedTime
-from skerry.wire.box import Entries, GatewayTotals, State
+from skerry.wire import codec
+from skerry.wire.box import Entries, GatewayTotals, Heard, State
 from skerry.wire.messages import Birth, Gpu, LogsReply, Rung
 
 logger = log.get("agent")
@@ -38,6 +40,14 @@ def read_token(path: Path) -> str:
         return candidate.read_text().strip()
     except OSError as exc:
         raise settings.SettingsError(f"coordinator.token_file: {candidate}: {exc.strerror}") from exc
+
+
+def note_heard(path: Path) -> None:
+    """For the updater, which judges a new release by it."""
+    try:
+        durable.write(path, codec.encode(Heard(__version__, os.getpid())), mode=0o644, is_synced=False)
+    except OSError as exc:
+        logger.error("heard.not_noted", reason=exc.strerror)
 
 
 class Inventory:
@@ -68,6 +78,8 @@ class Inventory:
             rungs_absent=self.rungs_absent,
             outbox_epoch=self._outbox_epoch(),
             desired_generation=self.generation,
+            machine=platform.machine(),
+            python=".".join(platform.python_version_tuple()[:2]),
         )
 
 
@@ -149,6 +161,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         on_desired=warden.apply,
         on_command=commands.hear,
         on_link=lambda is_up: warden.linked(is_up=is_up),
+        on_heard=lambda: note_heard(config.state_dir / "heard.json"),
     )
     book.on_move = session.move
     telemetry = Telemetry(

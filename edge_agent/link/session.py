@@ -65,7 +65,7 @@ class Session:
     """Keeps the box connected. ``birth`` gives the inventory for a session number; ``on_desired`` gets envelopes as they come.
 
     ``on_command`` gets the verb, the correlation data and the payload of a command that wants an answer. It must not wait.
-    ``on_link`` gets whether the broker is there.
+    ``on_link`` gets whether the broker is there; ``on_heard`` is called when the coordinator answers on a new connection.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Session:
         on_desired: Callable[[bytes], None],
         on_command: Callable[[str, bytes, bytes], None],
         on_link: Callable[[bool], None] = lambda _: None,
+        on_heard: Callable[[], None] = lambda: None,
     ) -> None:
         self._reach = reach
         self._broker = reach.broker
@@ -89,6 +90,7 @@ class Session:
         self._on_desired = on_desired
         self._on_command = on_command
         self._on_link = on_link
+        self._on_heard = on_heard
         self._client: aiomqtt.Client | None = None
         self._reported: Reported | None = None
         self._news = asyncio.Event()
@@ -308,6 +310,7 @@ class Session:
             # The birth of this connection may have been sent before the coordinator was there, and no broker keeps it.
             self._is_heard = True
             self._birth_due.set()
+            self._on_heard()
         if ack.epoch == self._outbox.epoch:
             self._note_confirmed(ack.events_seq)
         self._news.set()

@@ -20,6 +20,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trusted_keys_file: Path
     model_keys_file: Path | None = None
     """Public keys (PEM) of those who may vouch for models: where it is named, nothing else is started."""
+    updater_record_file: Path | None = None
+    """What ``skerry-updater`` keeps; where it is not named, this box's own programs are not the coordinator's to change."""
     drivers: list[str] = msgspec.field(default_factory=lambda: ["docker", "bubblewrap", "gvisor"])
     """Kinds of sandbox in order of preference; those that do not work here are left out, with the reason in the log."""
     docker_socket: Path = Path("/var/run/docker.sock")

@@ -21,6 +21,7 @@ from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.shelf import Shelf
 from edge_agent.warden.slots import Slots
+from edge_agent.warden.software import BoxSoftware
 from edge_agent.warden.store import Store, StoreFailed
 from edge_agent.warden.trust import TrustFile
 from edge_agent.warden.verify import Refused, unvouched
@@ -86,7 +87,7 @@ def held_document(documents: Documents, journal: Journal, store: Store) -> Desir
 async def main(config: Config, stop: asyncio.Event) -> None:
     """Run the warden until ``stop`` is set; sandboxes are left running for the next one to adopt."""
     trust = TrustFile(config.state_dir / "trust.json", *trusted_keys(config.trusted_keys_file))
-    model_keys = keys.trusted_for_models(config.model_keys_file)
+    model_keys = keys.trusted(config.model_keys_file)
     store = Store(config.state_dir)
     journal = Journal(config.state_dir / "journal.db", most=config.journal_entries)
 
@@ -143,6 +144,10 @@ async def main(config: Config, stop: asyncio.Event) -> None:
     reconciler.shelf = Shelf(
         config.state_dir / "models.json", store,
         now_ms=proved.now_at_least_ms, reserve_bytes=config.disk_reserve_bytes, most_bytes=config.models_bytes,
+    )  # fmt: skip
+    reconciler.software = BoxSoftware(
+        config.state_dir, config.updater_record_file, store,
+        on_step=lambda step: journal.note(step.kind, step.subject, step.text, at_ms=step.at_ms),
     )  # fmt: skip
     if desired is not None:
         reconciler.shelf.note(desired)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, assert_never
 
+import msgspec
+
 from edge_agent.core import cut_off, diff, predecessor
 from edge_agent.core.admission import Limits, free
 from edge_agent.core.report import Withheld, models_wanted, report_of, routes_of
@@ -26,6 +28,7 @@ from edge_agent.warden.roster import Known, Roster
 from edge_agent.warden.served import Served
 from edge_agent.warden.shelf import Shelf
 from edge_agent.warden.slots import Slots
+from edge_agent.warden.software import BoxSoftware
 from edge_agent.warden.store import Store, StoreFailed
 from edge_agent.warden.under_way import UnderWay
 from edge_agent.warden.warm import WarmPool
@@ -54,7 +57,7 @@ REFUSED_EVERY_S = 5.0
 class Reconciler:
     """Owns the sandboxes of this box. ``wake`` asks for a look now; ``on_change`` hears of every new State.
     ``time_proof`` is what agent and gateway are told of the time; ``cut_off_ms`` is how long there has been no link; ``shelf``
-    makes room for models."""
+    makes room for models; ``software`` is about the box's own programs."""
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class Reconciler:
         self.time_proof: Callable[[], Proof] = Proof
         self.cut_off_ms: Callable[[], int] = lambda: 0
         self.shelf: Shelf | None = None
+        self.software: BoxSoftware | None = None
         self._stopped: dict[str, str] = {}
         self.looked_at = time.monotonic()
 
@@ -146,10 +150,10 @@ class Reconciler:
         if not reason:
             try:
                 await asyncio.to_thread(self._store.admit, self._config.incoming_dir / sha256, model)
-                self._say("model.admitted", f"{model.name}:{model.version}", sha256)
+                self._say("model.admitted", model.title.removeprefix("model "), sha256)
             except StoreFailed as exc:
                 reason = str(exc)
-                self._say("model.refused", f"{model.name}:{model.version}", reason)
+                self._say("model.refused", model.title.removeprefix("model "), reason)
         self._not_fetched[sha256] = reason
         self.wake()
 
@@ -168,7 +172,8 @@ class Reconciler:
         return LogsReply(read.lines, read.position)
 
     def _needs(self) -> list[ModelRef]:
-        return models_wanted(self.desired, self._store.models(), self._unvouched)
+        own = self.software.needs(self.desired) if self.software else []
+        return [*models_wanted(self.desired, self._store.models(), self._unvouched), *own]
 
     def _may_stay(self, spec: ReplicaSpec) -> bool:
         """Whether it is wanted. One whose model nobody vouches for is not fetched, so that the version before goes on; if it runs
@@ -291,6 +296,7 @@ class Reconciler:
             return
         in_use = {known.spec.model.sha256 for known in self._known.values()}
         in_use |= {spec.model.sha256 for spec in [*self._served.specs.values(), *(self.desired.replicas if self.desired else [])]}
+        in_use |= self.software.in_use(self.desired) if self.software else set()
         for model in await asyncio.to_thread(self.shelf.tend, in_use, 2 * sum(model.size_bytes for model in needs)):
             self._say("model.evicted", model.sha256, f"{model.size_bytes} bytes, not deployed here any more")
 
@@ -415,6 +421,8 @@ class Reconciler:
         rungs = sorted({driver.rung for driver in self._drivers}, key=RUNGS.index)
         by_replica = {status.spec.name: status for status in reversed(statuses)}
         reported = report_of(self.desired, by_replica, self._not_fetched, Withheld(self._unvouched, self._stopped), self.refused)
+        if self.software is not None:
+            reported = msgspec.structs.replace(reported, software=self.software.look(self.desired, self._not_fetched))
         addresses = self.desired.addresses if self.desired else Addresses()
         state = State(reported, self._needs(), rungs, dict(self._offer.absent), self.time_proof(), addresses)
         if state != self._state:

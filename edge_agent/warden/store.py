@@ -98,14 +98,12 @@ class Store:
                 writer.flush()
                 os.fsync(writer.fileno())
             if size != model.size_bytes or digest.hexdigest() != model.sha256:
-                raise StoreFailed(
-                    f"model {model.name}:{model.version}: the bytes that were fetched have another digest than the one pinned"
-                )
+                raise StoreFailed(f"{model.title}: the bytes that were fetched have another digest than the one pinned")
             staging.chmod(0o444)
             staging.rename(target)
             durable.sync_directory(target.parent)
         except OSError as exc:
-            raise StoreFailed(f"model {model.name}:{model.version}: {exc.strerror}") from exc
+            raise StoreFailed(f"{model.title}: {exc.strerror}") from exc
         finally:
             staging.unlink(missing_ok=True)
             if not target.exists():

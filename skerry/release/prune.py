@@ -1,4 +1,5 @@
-"""Releases that nothing needs any more: neither the present one, nor the one before, nor one that a program or a sandbox runs from."""
+"""Releases that nothing needs any more: neither the present one, nor the one before, nor the one that
+judges the next, nor one that a program or a sandbox runs from."""
 
 import shutil
 import time
@@ -13,7 +14,7 @@ UNFINISHED_S = 24 * 3600
 def unneeded(root: Path, *, processes: Path = Path("/proc"), now_s: float | None = None) -> list[Path]:
     """Folders below ``root`` that may go. Raises OSError where ``root`` can't be read."""
     now_s = time.time() if now_s is None else now_s
-    named = {link.readlink().name for link in (root / "current", root / "previous") if link.is_symlink()}
+    named = {link.readlink().name for link in (root / "current", root / "previous", root / "proven") if link.is_symlink()}
     if "current" not in {path.name for path in root.iterdir()}:
         return []  # somebody is at work here
     found = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.is_symlink() and VERSION.fullmatch(path.name)]

@@ -22,16 +22,16 @@ def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def trusted_for_models(path: Path | None) -> list[ec.EllipticCurvePublicKey] | None:
-    """The public keys in the file that ``model_keys_file`` names; None where it names none. Raises SettingsError."""
+def trusted(path: Path | None, setting: str = "model_keys_file") -> list[ec.EllipticCurvePublicKey] | None:
+    """The public keys in the file that a setting names; None where it names none. Raises SettingsError."""
     if path is None:
         return None
     try:
         return model_signature.parse_keys(path.read_bytes())
     except OSError as exc:
-        raise SettingsError(f"model_keys_file: {path}: {exc.strerror}") from exc
+        raise SettingsError(f"{setting}: {path}: {exc.strerror}") from exc
     except ValueError as exc:
-        raise SettingsError(f"model_keys_file: {path}: {exc}") from exc
+        raise SettingsError(f"{setting}: {path}: {exc}") from exc
 
 
 def load(path: Path) -> ec.EllipticCurvePrivateKey:

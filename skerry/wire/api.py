@@ -1,10 +1,23 @@
 """What the coordinator's REST API answers; the command line, the console and scripts read these."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from skerry.wire.messages import Batching, CloudBudget, Gpu, GpuSample, ReplicaReport, Rung, SplitMode, StateTensor, Tier
+from skerry.wire.messages import (
+    Batching,
+    CloudBudget,
+    Gpu,
+    GpuSample,
+    ReleaseVersion,
+    ReplicaReport,
+    Rung,
+    SoftwarePhase,
+    SoftwareReport,
+    SplitMode,
+    StateTensor,
+    Tier,
+)
 
 NodeState = Literal["online", "unknown", "lost", "offline", "new", "revoked"]
 """``unknown``: silent, and nobody can tell a crash from a cut link; ``lost``: silent for long; ``offline``: its agent signed off."""
@@ -82,11 +95,54 @@ class NodeView(msgspec.Struct, frozen=True):
     is_ahead: bool = False
     drained_at_ms: int = 0
     drain_reason: str = ""
+    software: SoftwareReport = SoftwareReport()
 
     @property
     def is_silent(self) -> bool:
         """Whether what is known of it is the last that it said."""
         return self.state in SILENT
+
+
+class ReleaseView(msgspec.Struct, frozen=True):
+    """A release of the box software in the store, for one Python (as in ``3.11``) and processor (as in ``x86_64``). ``signature`` is
+    ``unchecked`` where this coordinator has no keys for releases (``release_keys_file``)."""
+
+    version: str
+    python: str
+    machine: str
+    sha256: str
+    size_bytes: int
+    pushed_at_ms: int
+    signature: "SignatureState" = "none"
+    is_new: bool = False
+
+
+class SpreadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which release every box is to run. ``rollout`` as in a deployment: in what waves, watched for how long, taken back for what.
+    ``again``: although it was tried, and taken back."""
+
+    version: ReleaseVersion
+    rollout: dict[str, Any] = {}
+    again: bool = False
+
+
+class TroubleView(msgspec.Struct, frozen=True):
+    """A box that is not where it should be, and what it says of it."""
+
+    node: str
+    version: str
+    phase: SoftwarePhase
+    reason: str
+
+
+class SoftwareView(msgspec.Struct, frozen=True):
+    """The box software over the fleet: which release is wanted (empty: each box's own affair), how many boxes run which, how the last one
+    spreads or spread, and up to a hundred boxes that failed."""
+
+    wanted: str
+    versions: dict[str, int]
+    rollout: "RolloutView | None" = None
+    troubles: list[TroubleView] = []
 
 
 class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,6 +3,8 @@
 The agent and the warden each treat the other's lines as hostile: the agent faces the network, the warden starts things.
 """
 
+from typing import Literal
+
 import msgspec
 
 from skerry.wire.messages import (
@@ -14,6 +16,7 @@ from skerry.wire.messages import (
     ModelRef,
     Reported,
     Rung,
+    Software,
     SplitMode,
     Tier,
     Upstream,
@@ -162,3 +165,65 @@ class GatewayTotals(msgspec.Struct, frozen=True):
     deployments: list[ServeTotals] = []
     routed: list[Routed] = []
     """The latest samples; who asks passes over those that it has seen."""
+
+
+class WantedSoftware(msgspec.Struct, frozen=True):
+    """The warden's file for the updater: the release that the box was told of, and where its bytes lie; None for none."""
+
+    software: Software | None = None
+    path: str = ""
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """The agent's file: as process ``pid``, of ``version``, it was acknowledged by the coordinator."""
+
+    version: str
+    pid: int
+
+
+class Update(msgspec.Struct, frozen=True):
+    """A change of the box's own programs that is under way, from release ``before`` to ``version``.
+
+    ``begun`` counts how often it was taken up; ``units`` are the programs that change with it; ``waiting_for`` are the deployments that
+    nobody could answer for before it, None where the gateway did not answer itself. ``reason`` says why it goes back.
+    """
+
+    version: str
+    before: str
+    sha256: str = ""
+    attempt: int = 0
+    stage: Literal["preparing", "trial", "returning"] = "preparing"
+    begun: int = 1
+    units: list[str] = []
+    waiting_for: list[str] | None = None
+    reason: str = ""
+    is_unreached: bool = False
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How such a change ended."""
+
+    version: str
+    sha256: str
+    attempt: int
+    is_good: bool
+    reason: str = ""
+    is_unreached: bool = False
+
+
+class UpdateStep(msgspec.Struct, frozen=True):
+    """Something that happened in the updater; ``seq`` rises by one."""
+
+    seq: int
+    at_ms: int
+    kind: str
+    subject: str
+    text: str = ""
+
+
+class UpdateRecord(msgspec.Struct, frozen=True):
+    """The updater's file: what is under way, how the last ones ended, and what happened, latest last."""
+
+    under_way: Update | None = None
+    outcomes: list[Outcome] = []
+    steps: list[UpdateStep] = []

@@ -6,7 +6,7 @@ import msgspec
 
 from skerry.wire.bundle import Bundle
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Moves together with ``wire/schema.json``; sent as the MQTT 5 user property ``schema``."""
 
 Tier = Literal["edge", "cloud"]
@@ -25,6 +25,10 @@ Moment = Annotated[int, msgspec.Meta(ge=0, le=4_102_444_800_000)]
 Bucket = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 Ratio = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Reading = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+ReleaseVersion = Annotated[str, msgspec.Meta(pattern=r"^[0-9][A-Za-z0-9._+-]{0,63}(?!\n)$")]
+"""Of Skerry itself; the name of a folder too."""
+SoftwarePhase = Literal["", "fetching", "preparing", "trial", "returning", "done", "failed"]
+"""How far a box is with a release of its own programs; empty where it was told of none."""
 
 
 class Presence(msgspec.Struct, frozen=True):
@@ -63,6 +67,9 @@ class Birth(msgspec.Struct, frozen=True):
     rungs_absent: dict[Rung, str] = {}
     """Why a rung is not offered, found by trying it."""
     desired_generation: Count = 0
+    machine: str = ""
+    """Its processor, as in ``x86_64``, and its Python, as in ``3.11``: which build of a release is for it."""
+    python: str = ""
 
 
 class WarmupTensor(msgspec.Struct, frozen=True):
@@ -92,6 +99,11 @@ class ModelRef(msgspec.Struct, frozen=True):
     size_bytes: Count
     warmup: list[WarmupTensor] = []
     state: list[StateTensor] = []
+
+    @property
+    def title(self) -> str:
+        """For people. A release of the box's own programs comes as models do, and has no version of that kind."""
+        return f"model {self.name}:{self.version}" if self.version else self.name
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -176,6 +188,20 @@ class Addresses(msgspec.Struct, frozen=True):
     coordinator: str = ""
 
 
+class Software(msgspec.Struct, frozen=True):
+    """The release of its own programs that a box should run, pinned by content, and who vouches for it.
+
+    Without ``sha256`` it must lie unpacked on the box already: the way back to what ran before. ``attempt`` is raised to have a box try
+    again what it gave up.
+    """
+
+    version: ReleaseVersion
+    sha256: str = ""
+    size_bytes: Count = 0
+    signature: Bundle | None = None
+    attempt: Count = 0
+
+
 class Desired(msgspec.Struct, frozen=True):
     """Everything that one box should do, whole."""
 
@@ -194,6 +220,8 @@ class Desired(msgspec.Struct, frozen=True):
     retired_keys: list[str] = []
     """Ids of signing keys that are the fleet's no more."""
     addresses: Addresses = Addresses()
+    software: Software | None = None
+    """What the box's own programs should be; None leaves them as they are."""
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
@@ -228,12 +256,23 @@ class ReplicaReport(msgspec.Struct, frozen=True):
         return "crash_loop" if self.is_crash_loop else self.phase
 
 
+class SoftwareReport(msgspec.Struct, frozen=True):
+    """How far a box is with the release that it was told of. ``is_unreached``: the only fault was that the coordinator was not reached."""
+
+    version: str = ""
+    attempt: Count = 0
+    phase: SoftwarePhase = ""
+    reason: str = ""
+    is_unreached: bool = False
+
+
 class Reported(msgspec.Struct, frozen=True):
     """The box's answer to the desired document of ``generation``; ``refused`` names a document that it would not take."""
 
     generation: Count
     replicas: list[ReplicaReport] = []
     refused: str = ""
+    software: SoftwareReport = SoftwareReport()
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -84,6 +84,11 @@ def key_of(name: str, version: int) -> str:
     return f"{name}/{version}"
 
 
+def release_path(version: str) -> str:
+    """What the signature of a release of Skerry itself says that the file is. No model's: those end in ``model.onnx``."""
+    return f"skerry/{version}/release.tar"
+
+
 def hint_of(key: ec.EllipticCurvePublicKey) -> str:
     """What a bundle names a key by; safe to log."""
     return hashlib.sha256(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
@@ -143,7 +148,7 @@ def _signer(envelope: DsseEnvelope, payload: bytes, keys: Sequence[ec.EllipticCu
             except InvalidSignature:
                 continue
             return key
-    raise NotVouched("signature: by none of the keys that are trusted for models")
+    raise NotVouched("signature: by none of the keys that are trusted here")
 
 
 def _payload(bundle: Bundle) -> bytes:
@@ -179,13 +184,23 @@ def _check_statement(payload: bytes, path: str, sha256: str) -> None:
 
 def check_names(bundle: Bundle, *, name: str, version: int, sha256: str) -> None:
     """Raises NotVouched unless the bundle is for this model and these bytes, whoever signed it."""
-    _check_statement(_payload(bundle), path_of(name, version), sha256)
+    check_file(bundle, path=path_of(name, version), sha256=sha256)
+
+
+def check_file(bundle: Bundle, *, path: str, sha256: str) -> None:
+    """Raises NotVouched unless the bundle is for this file and these bytes, whoever signed it."""
+    _check_statement(_payload(bundle), path, sha256)
 
 
 def verify(
     bundle: Bundle | None, keys: Sequence[ec.EllipticCurvePublicKey], *, name: str, version: int, sha256: str
 ) -> ec.EllipticCurvePublicKey:
-    """The key that vouches for these bytes being this version of this model. Raises NotVouched.
+    """The key that vouches for these bytes being this version of this model. Raises NotVouched."""
+    return verify_file(bundle, keys, path=path_of(name, version), sha256=sha256)
+
+
+def verify_file(bundle: Bundle | None, keys: Sequence[ec.EllipticCurvePublicKey], *, path: str, sha256: str) -> ec.EllipticCurvePublicKey:
+    """The key that vouches for these bytes being the file ``path``. Raises NotVouched.
 
     Nothing of the statement is parsed before the signature holds.
     """
@@ -193,5 +208,5 @@ def verify(
         raise NotVouched("signature: there is none")
     payload = _payload(bundle)
     key = _signer(bundle.dsse_envelope, payload, keys)
-    _check_statement(payload, path_of(name, version), sha256)
+    _check_statement(payload, path, sha256)
     return key

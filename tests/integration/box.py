@@ -26,6 +26,7 @@ from edge_agent.warden.offer import Offer
 from edge_agent.warden.ports import Driver
 from edge_agent.warden.reconcile import Reconciler
 from edge_agent.warden.slots import Slot, Slots
+from edge_agent.warden.software import BoxSoftware
 from edge_agent.warden.store import Store
 from edge_agent.warden.verify import unvouched
 from skerry.wire import codec, ipc
@@ -99,6 +100,10 @@ class Box:
             desired=self.desired,
             unvouched=lambda document: unvouched(document, self.model_keys),
         )
+        self.warden.software = BoxSoftware(
+            state_dir, self.config.updater_record_file, store,
+            on_step=lambda step: self.journal.note(step.kind, step.subject, step.text, at_ms=step.at_ms),
+        )  # fmt: skip
         self.warden.on_change = self.journal.on_add = lambda *_: self._look()
         stop = asyncio.Event()
         self._running = asyncio.create_task(self.warden.run(stop), name="box.warden")

@@ -85,6 +85,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a proxy in front tells callers' addresses (X-Forwarded-For) and TLS (X-Forwarded-Proto); else anybody could."""
     model_keys_file: Path | None = None
     """Public keys (PEM) by which models must be signed: where it is named, only such a model is deployed."""
+    release_keys_file: Path | None = None
+    """Public keys (PEM) by which releases of the box software must be signed. Boxes look for themselves, by keys of their own."""
     model_limit_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 4 * 2**30
     """Largest model that may be pushed."""
     queue: Annotated[int, msgspec.Meta(ge=100, le=1_000_000)] = 20_000

@@ -18,6 +18,7 @@ from coordinator.api import accounts as account_calls
 from coordinator.api import draining as drain_calls
 from coordinator.api import enrolment as enrolment_calls
 from coordinator.api import recovery as recovery_calls
+from coordinator.api import releases as release_calls
 from coordinator.api import rollouts as rollout_calls
 from coordinator.api.access import Access
 from coordinator.api.accounts import AccountCalls
@@ -27,6 +28,7 @@ from coordinator.api.draining import DrainCalls
 from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.openapi import document
 from coordinator.api.recovery import RecoveryCalls
+from coordinator.api.releases import ReleaseCalls, Trusted
 from coordinator.api.rollouts import RolloutCalls
 from coordinator.ca.authority import Authority, AuthorityUnusable
 from coordinator.commands import Commands
@@ -152,14 +154,12 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         write_uses=directory.write_uses,
     )
     access = Access(config.state_dir, directory, enrolment.is_token, behind_proxy=config.behind_proxy)
-    views = Views(
-        database, live, vouching := Vouching(keys.trusted_for_models(config.model_keys_file)), fleet=config.fleet, rollup_s=config.rollup_s
-    )
+    views = Views(database, live, vouching := Vouching(keys.trusted(config.model_keys_file)), fleet=config.fleet, rollup_s=config.rollup_s)
     calls = Calls(
         database=database,
         views=views,
         vouching=vouching,
-        store=ModelStore(config.state_dir / "models", limit_bytes=config.model_limit_bytes),
+        store=(store := ModelStore(config.state_dir / "models", limit_bytes=config.model_limit_bytes)),
         news=news,
         access=access,
         replan=deployed,
@@ -173,6 +173,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake)),
         (drain_calls.CALLS, DrainCalls(database, access, news, replan=plan_loop.wake)),
         (rollout_calls.CALLS, RolloutCalls(database, access, news, look=rollout_loop.wake, replan=plan_loop.wake)),
+        (release_calls.CALLS, ReleaseCalls(database, store, _trusted(config), access, news, changed=deployed)),
     ]
     app = make_app(config, parts, access)
     console.attach(
@@ -219,6 +220,10 @@ def own_certificates(config: Config, authority: Authority) -> None:
 
 def _provider(config: Config) -> Provider | None:
     return Provider(config.openid_connect, f"{config.public_url.rstrip('/')}{CALLBACK}") if config.openid_connect else None
+
+
+def _trusted(config: Config) -> Trusted:
+    return Trusted(keys.trusted(config.release_keys_file, "release_keys_file"))
 
 
 def _tls(config: Config) -> ssl.SSLContext | None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 from coordinator.inspector import MOST_ANSWER, MOST_S, Verdict
@@ -49,6 +49,11 @@ class ModelStore:
         path = self._folder / sha256
         return path if path.is_file() else None
 
+    def remove(self, sha256: str) -> None:
+        """Forget a file."""
+        if (path := self.path(sha256)) is not None:
+            path.unlink()
+
     async def receive(
         self,
         chunks: AsyncIterator[bytes],
@@ -56,8 +61,9 @@ class ModelStore:
         expected_sha256: str,
         expected_bytes: int | None,
         state: Sequence[StateTensor] = (),
+        look: Callable[[Path], Awaitable[None]] | None = None,
     ) -> tuple[str, int]:
-        """Take a model in that has the inputs and outputs of ``state``; returns its digest and size.
+        """Take a model in that has the inputs and outputs of ``state``, or what ``look`` takes; returns its digest and size.
 
         Raises NotTaken; nothing of a refused one stays.
         """
@@ -80,7 +86,7 @@ class ModelStore:
                 raise NotTaken("truncated", f"{size} bytes came, {expected_bytes} were announced: push it again")
             if expected_sha256 and sha256 != expected_sha256:
                 raise NotTaken("wrong_digest", f"sha256: {sha256} came, {expected_sha256} was announced: push it again")
-            await self._inspect(staging, state)
+            await (look(staging) if look is not None else self._inspect(staging, state))
             staging.chmod(0o444)
             staging.rename(self._folder / sha256)
             await asyncio.to_thread(durable.sync_directory, self._folder)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core import planner
+from coordinator.core import planner, software
 from coordinator.core.deployment import Deployment
 from coordinator.core.liveness import Ear, counts_again_at_ms
 from coordinator.news import News
 from coordinator.publish import Publisher
-from coordinator.registry import deployments, events, identity, models, nodes, rollouts
+from coordinator.registry import deployments, events, identity, models, nodes, releases, rollouts
 from coordinator.registry.database import Database, RegistryFailed
 from coordinator.registry.deployments import Stored
 from coordinator.session import NotConnected
@@ -23,7 +23,7 @@ from skerry.runtime import lifecycle, log
 from skerry.wire import codec, model_signature
 from skerry.wire.bundle import Bundle
 from skerry.wire.identity import SITE
-from skerry.wire.messages import Addresses, Desired, ReplicaSpec
+from skerry.wire.messages import Addresses, Desired, ReplicaSpec, Software, SoftwareReport
 
 logger = log.get("coordinator.plan")
 
@@ -127,27 +127,29 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
         for node in stored_nodes
         if (held := nodes.ahead(node, before.get(node.id)))
     }
+    own = _software(tables, stored_nodes, before)
     for node, part in plan.boxes.items():
         if node in untold:
             continue
-        old = before.get(node)
+        old, release = before.get(node), own.get(node)
         revoked = sorted(name for name, site in thrown_out.items() if sites.get(node) in (None, site))
         signatures = _signatures_of(part.replicas, stored_models)
         now = (part.replicas, part.routes, revoked, signatures)
         enrolled_at_ms = enrolled[node].enrolled_at_ms if node in enrolled else 0
         is_told = old is not None and (old.replicas, old.routes, old.revoked, old.signatures) == now
-        is_told = is_told and old is not None and old.addresses == terms.addresses
+        is_told = is_told and old is not None and (old.addresses, old.software) == (terms.addresses, release)
         if is_told and not is_stale(old, terms, enrolled_at_ms=enrolled_at_ms, now_ms=now_ms):
             continue
-        if old is None and not part.replicas and not part.routes:
+        if old is None and not part.replicas and not part.routes and release is None:
             continue
         generation = (old.generation if old else 0) + 1
         issued_at_ms = max(now_ms, enrolled_at_ms, old.issued_at_ms + 1 if old else 0)  # boxes take it for proof of the time
         expires_at_ms = issued_at_ms + terms.lifetime_ms
         retired = terms.retired_keys if terms.retired_keys is not None else old.retired_keys if old else []
         document = Desired(
-            fleet, node, generation, issued_at_ms, *now, expires_at_ms=expires_at_ms, retired_keys=retired, addresses=terms.addresses
-        )
+            fleet, node, generation, issued_at_ms, *now, expires_at_ms=expires_at_ms, retired_keys=retired, addresses=terms.addresses,
+            software=release,
+        )  # fmt: skip
         size = len(codec.encode(document)) + ENVELOPE_BYTES
         if size > codec.MAX_MESSAGE_BYTES:
             untold[node] = f"{node} can't be told: its document would have {size} bytes, at most {codec.MAX_MESSAGE_BYTES} are sent"
@@ -177,6 +179,22 @@ def _wanted(stored: Stored, held: rollouts.Rollout | None, known: Mapping[tuple[
     if held is None or held.after.generation != stored.generation:
         return now
     return msgspec.structs.replace(now, before=of(held.before.spec, held.before.generation), admitted=held.state.admitted)
+
+
+def _software(tables: Tables, stored_nodes: list[nodes.Node], before: Mapping[str, Desired]) -> dict[str, Software | None]:
+    """By box, the release of its own programs that it is to run; boxes are told of the waves of now from here on."""
+    spread = releases.read_spread(tables)
+    if spread is None:
+        return {}
+    builds, found = releases.by_build(tables), {}
+    for node in stored_nodes:
+        if node.birth is not None:
+            said = node.reported.software if node.reported else SoftwareReport()
+            held = before[node.id].software if node.id in before else None
+            found[node.id] = software.wanted(node.id, node.birth, said, held, spread, builds)
+    if spread.planned != len(spread.state.waves):
+        releases.save_spread(tables, msgspec.structs.replace(spread, planned=len(spread.state.waves)))
+    return found
 
 
 def _note_planned(tables: Tables, spreading: Iterable[rollouts.Rollout]) -> None:

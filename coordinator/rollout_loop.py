@@ -1,24 +1,18 @@
-"""Watches changes of deployments while they spread, lets the next wave in, and takes back what is no good. What is decided is
-coordinator.core.rollout's; here it is asked, kept, and told."""
+"""Looks again and again at what spreads in waves, changes of deployments and releases of the box software."""
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core import planner, rollout
-from coordinator.core.liveness import Ear
-from coordinator.core.rollout import Baseline, Counts, Rules, State, Unit
+from coordinator import deployment_rollout, software_rollout
 from coordinator.news import News
-from coordinator.plan_loop import node_of
-from coordinator.registry import deployments, events, identity, measurements, nodes, rollouts
+from coordinator.registry import releases, rollouts
 from coordinator.registry.database import Database, RegistryFailed
-from coordinator.registry.rollouts import Failed, Rollout
 from skerry.runtime import lifecycle, log
-from skerry.wire import codec, latency
-from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec
+from skerry.wire import codec
 
 logger = log.get("coordinator.rollout")
 
@@ -26,171 +20,15 @@ LOOK_EVERY_S = 1.0
 REST = 4.0
 """A look is followed by a rest of so many times as long as it took."""
 IDLE_S = 60.0
-BASELINE_S = 600
-"""Before the change: that is how it served."""
-MOST_MEASURED = 500
-"""Boxes of a wave whose measurements are added up: enough to know, few enough to read every second."""
-DEFAULT = Rules([1.0])
 
 
-def turn(tables: Tables, *, now_ms: int) -> list[Rollout]:
-    """Look at each change that spreads; returns those that were changed by it, as they are now."""
-    active = rollouts.read_active(tables)
-    if not active:
-        return []
-    world = World(tables)
-    changed = []
-    for held in active:
-        after = _looked_at(tables, held, world, now_ms)
-        if after == held.state:
-            continue
-        now = msgspec.structs.replace(held, state=after, changed_at_ms=now_ms)
-        rollouts.save_rollout(tables, now)
-        _tell(tables, held, now, now_ms)
-        if after.phase == "failed":
-            take_back(tables, now, now_ms)
-        changed.append(now)
-    return changed
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
-def take_back(tables: Tables, over: Rollout, now_ms: int) -> None:
-    """Have the deployment be again what it was before; a change that failed is remembered."""
-    deployments.save_deployment(tables, over.before.spec, over.before.text, now_ms)
-    if over.state.phase == "failed":
-        rollouts.note_failed(tables, over.deployment, over.after.text, Failed(now_ms, over.state.reason))
-
-
-class World:
-    """All that is known of the fleet, read once for every change."""
-
-    def __init__(self, tables: Tables) -> None:
-        enrolled, drained = identity.read_enrolled(tables), nodes.read_drained(tables)
-        ear: Ear = nodes.read_ear(tables)
-        self.desired: Mapping[str, Desired] = nodes.read_desired(tables)
-        self.outcomes = deployments.read_outcomes(tables)
-        self.boxes: dict[str, planner.Node] = {}
-        self.reports: dict[str, dict[str, ReplicaReport]] = {}
-        self.refused: dict[str, str] = {}
-        for stored in nodes.read_nodes(tables):
-            box = node_of(stored, enrolled.get(stored.id), ear, drained.get(stored.id))
-            if box is not None:
-                self.boxes[box.id] = box
-                self.reports[box.id] = {replica.name: replica for replica in (stored.reported.replicas if stored.reported else [])}
-                self.refused[box.id] = stored.reported.refused if stored.reported else ""
-
-
-def units_of(held: Rollout, world: World, asked: Mapping[str, int]) -> dict[str, Unit]:
-    """Every unit of a deployment as it is now. ``asked``: by box, the requests of late."""
-    old, new = held.before.spec, held.after.spec
-    outcome = world.outcomes.get(held.deployment, planner.Outcome(0))
-    placed: dict[str, list[planner.Placement]] = {}
-    is_counted = new.replicas.count is not None
-    for placement in outcome.placements:
-        placed.setdefault(placement.replica if is_counted else placement.node, []).append(placement)
-    is_planned = held.planned >= len(held.state.waves)
-    if is_counted:
-        names = [f"{new.name}-{index}" for index in range(max(old.replicas.count or 0, new.replicas.count or 0))]
-        gone = set(names[new.replicas.count or 0 :])
-    else:
-        names = [name for name, box in world.boxes.items() if not planner.unfit(box, old) or not planner.unfit(box, new)]
-        gone = {name for name in names if planner.unfit(world.boxes[name], new)}
-    reasons = {refusal.node: refusal.reason for refusal in outcome.refusals}
-    return {
-        name: _unit(placed.get(name, []), world, asked, is_planned=is_planned, is_gone=name in gone,
-                    home="" if is_counted else name, refusal=reasons.get(name, "") or outcome.problem)
-        for name in names
-    }  # fmt: skip
-
-
-def _unit(
-    placements: list[planner.Placement],
-    world: World,
-    asked: Mapping[str, int],
-    *,
-    is_planned: bool,
-    is_gone: bool,
-    home: str,
-    refusal: str,
-) -> Unit:
-    """``is_gone``: the change leaves nothing here. ``home`` is the box that is the unit; "" for a replica, which is where it is placed."""
-    homes = {placement.node for placement in placements} or ({home} if home else set())
-    is_there = any(world.boxes[node].online and not world.boxes[node].drained for node in homes if node in world.boxes)
-    reports = [world.reports.get(p.node, {}).get(p.replica) for p in placements]
-    specs = [_spec(world.desired.get(p.node), p.replica) for p in placements]
-    is_current = [_is_current(spec, report) for spec, report in zip(specs, reports, strict=True)]
-    failure = next(filter(None, (_failure(spec, report) for spec, report in zip(specs, reports, strict=True))), "")
-    failure = failure or next((f"refuses what it is told: {world.refused[node]}" for node in sorted(homes) if world.refused.get(node)), "")
-    if is_planned and not placements and not is_gone:
-        failure, is_there = refusal or "found no place", is_there or not home
-    ready = is_planned and (is_gone if not placements else all(is_current) if home else any(is_current))
-    restarts = sum(report.restarts for report in reports if report is not None)
-    return Unit(is_there, ready, failure if is_planned else "", restarts, sum(asked.get(node, 0) for node in homes))
-
-
-def _spec(document: Desired | None, replica: str) -> ReplicaSpec | None:
-    return next((spec for spec in document.replicas if spec.name == replica), None) if document else None
-
-
-def _is_current(spec: ReplicaSpec | None, report: ReplicaReport | None) -> bool:
-    return spec is not None and report is not None and report.phase == "ready" and report.is_of(spec)
-
-
-def _failure(spec: ReplicaSpec | None, report: ReplicaReport | None) -> str:
-    """What a box says of the very replica that it is told to run; what it says of an older one is no word on the change."""
-    if spec is None or report is None or report.generation != spec.generation:
-        return ""
-    return f"{report.state}: {report.reason}" if report.phase in ("failed", "backoff") else ""
-
-
-def _looked_at(tables: Tables, held: Rollout, world: World, now_ms: int) -> State:
-    rules, seed = held.after.spec.rollout or DEFAULT, f"{held.deployment} {held.after.generation}"
-    since_s = now_ms // 1000 - BASELINE_S
-    units = units_of(held, world, measurements.read_asked(tables, held.deployment, since_s=since_s))
-    if not held.state.waves:
-        return rollout.begin(rules, units, _baseline(tables, held.deployment, since_s), seed=seed, now_ms=now_ms)
-    counts = _counts(tables, held, world, rules) if held.state.ready_since_ms else Counts()
-    return rollout.step(held.state, rules, units, counts, seed=seed, now_ms=now_ms)
-
-
-def _baseline(tables: Tables, deployment: str, since_s: int) -> Baseline:
-    total = measurements.total(measurements.read_served(tables, since_s=since_s, deployment=deployment))
-    return Baseline(total.asked, total.refused + total.failed, latency.quantile_ms(total.latency, 0.99))
-
-
-def _counts(tables: Tables, held: Rollout, world: World, rules: Rules) -> Counts:
-    """What the present wave's boxes served since it was ready."""
-    outcome, wave = world.outcomes.get(held.deployment, planner.Outcome(0)), set(held.state.waves[-1])
-    boxes = sorted({p.node for p in outcome.placements if p.node in wave or p.replica in wave})[:MOST_MEASURED]
-    since_s = -(-held.state.ready_since_ms // 1000)
-    total = measurements.total(measurements.read_served_by(tables, boxes, since_s=since_s, deployment=held.deployment))
-    limit_ms = rollout.slow_ms(rules, held.state.baseline, held.after.spec.deadline_ms)
-    slow = sum(count for bucket, count in total.latency.items() if latency.middle_ms(bucket) > limit_ms)
-    return Counts(total.asked, total.refused + total.failed, slow)
-
-
-def _tell(tables: Tables, before: Rollout, after: Rollout, now_ms: int) -> None:
-    """Each step is an event."""
-    old, new, name = before.state, after.state, after.deployment
-    unit = "replicas" if after.after.spec.replicas.count is not None else "boxes"
-    if len(new.waves) > len(old.waves):
-        text = f"wave {len(new.waves)}: {len(new.waves[-1])} more {unit}, {len(new.admitted)} in all are to have it"
-        events.add_own_event(tables, "", "rollout.wave", name, text, now_ms)
-    if new.ready_since_ms and not old.ready_since_ms:
-        events.add_own_event(tables, "", "rollout.ready", name, f"wave {len(new.waves)} is ready, and watched", now_ms)
-    if new.phase == old.phase:
-        return
-    match new.phase:
-        case "waiting":
-            events.add_own_event(
-                tables, "", "rollout.waiting", name, f"wave {len(new.waves)} was good; the next waits to be approved", now_ms
-            )
-        case "done":
-            events.add_own_event(tables, "", "rollout.done", name, f"generation {after.after.generation} is everywhere", now_ms)
-        case "failed":
-            text = f"{new.reason}; back to what generation {after.before.generation} was"
-            events.add_own_event(tables, "", "rollout.failed", name, text, now_ms)
-        case "rolling" | "aborted":  # who aborts it says so
-            pass
+def _is_spreading(tables: Tables) -> bool:
+    spread = releases.read_spread(tables)
+    return bool(rollouts.read_active(tables)) or (spread is not None and not spread.state.is_over)
 
 
 class RolloutLoop:
@@ -223,14 +61,18 @@ class RolloutLoop:
         """Returns how long to rest."""
         began_s = time.monotonic()
         try:
-            changed = await self._database.write(lambda tables: turn(tables, now_ms=time.time_ns() // 1_000_000))
-            active = bool(changed) or bool(await self._database.read(rollouts.read_active))
+            changed = await self._database.write(lambda tables: deployment_rollout.turn(tables, now_ms=_now_ms()))
+            release = await self._database.write(lambda tables: software_rollout.turn(tables, now_ms=_now_ms()))
+            active = bool(changed) or release is not None or await self._database.read(_is_spreading)
         except (RegistryFailed, msgspec.DecodeError, codec.Malformed) as exc:
             logger.error("rollout.failed_to_look", reason=str(exc))
             return LOOK_EVERY_S
         for one in changed:
             logger.info("rollout", deployment=one.deployment, phase=one.state.phase, waves=len(one.state.waves), reason=one.state.reason)
-        if changed:
+        if release is not None:
+            state = release.state
+            logger.info("rollout", software=release.version, phase=state.phase, waves=len(state.waves), reason=state.reason)
+        if changed or release is not None:
             self._news.tell("deployments", "events")
             self._replan()
         return max(LOOK_EVERY_S, REST * (time.monotonic() - began_s)) if active else IDLE_S

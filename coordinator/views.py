@@ -35,7 +35,7 @@ from skerry.wire.api import (
     StatusView,
     Stream,
 )
-from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec
+from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec, SoftwareReport
 
 
 class Views:
@@ -103,6 +103,7 @@ class Views:
             outlook=coming,
             is_ahead=bool(nodes.ahead(node, desired)),
             drained_at_ms=drained.at_ms if drained else 0,
+            software=reported.software if reported else SoftwareReport(),
             drain_reason=drained.reason if drained else "",
             tier=enrolment.tier if enrolment else birth.tier if birth else None,
             labels=(birth.labels if birth else {}) | (enrolment.labels if enrolment else {}),

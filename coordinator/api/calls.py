@@ -230,7 +230,7 @@ class Calls:
         name, version = _model_version(request)
         warmup, state = _tensors(request, "warmup", WarmupTensor), _tensors(request, "state", StateTensor)
         sha256, size = await self._store.receive(
-            _chunks(request),
+            chunks(request),
             expected_sha256=request.query.get("sha256", "").lower(),
             expected_bytes=request.content_length,
             state=state,
@@ -406,6 +406,7 @@ def _tensors(request: web.Request, name: str, kind: type[T]) -> list[T]:
         raise refuse(422, f"invalid_{name}", str(exc), field=name) from exc
 
 
-async def _chunks(request: web.Request) -> AsyncIterator[bytes]:
+async def chunks(request: web.Request) -> AsyncIterator[bytes]:
+    """The body as it comes."""
     async for chunk in request.content.iter_chunked(CHUNK_BYTES):
         yield chunk

@@ -5,15 +5,18 @@ from typing import Any
 
 import msgspec
 
-from coordinator.api import accounts, draining, enrolment, recovery, rollouts
+from coordinator.api import accounts, draining, enrolment, recovery, releases, rollouts
 from coordinator.api.calls import CALLS, Call
 from skerry import __version__
 from skerry.wire.api import ProblemBody
 
+EVERY = [*CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS, *rollouts.CALLS, *releases.CALLS]
+"""Every call of the API."""
+
 
 def document() -> dict[str, Any]:
     """The whole document."""
-    calls = [*CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS, *rollouts.CALLS]
+    calls = EVERY
     kinds = [kind for call in calls for kind in (call.answer, call.body) if not isinstance(kind, str) and kind not in (bytes, str)]
     schemas, components = msgspec.json.schema_components([*kinds, ProblemBody], ref_template="#/components/schemas/{name}")
     by_kind = dict(zip([str(kind) for kind in [*kinds, ProblemBody]], schemas, strict=True))

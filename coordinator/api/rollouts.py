@@ -1,7 +1,8 @@
 """Changes of deployments that spread in waves: how far they are, and an operator's word on them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import msgspec
 from aiohttp import web
@@ -12,11 +13,11 @@ from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.calls import ACTOR, Call, checked
 from coordinator.core import rollout
 from coordinator.core.rollout import State
+from coordinator.deployment_rollout import DEFAULT, World, take_back, units_of
 from coordinator.news import News
 from coordinator.registry import audit, events, rollouts
 from coordinator.registry.database import Database
 from coordinator.registry.rollouts import Rollout
-from coordinator.rollout_loop import DEFAULT, World, take_back, units_of
 from skerry.wire.api import RolloutView
 
 MOST_SHOWN = 100
@@ -118,19 +119,43 @@ def views(tables: Tables) -> list[RolloutView]:
 
 def view_of(held: Rollout, world: World) -> RolloutView:
     """As people and scripts see it."""
-    state, rules = held.state, held.after.spec.rollout or DEFAULT
-    units = units_of(held, world, {})
+    before, after = held.before, held.after
+    return progress(
+        Title(
+            held.deployment,
+            (before.generation, f"{before.spec.model}:{before.spec.version}"),
+            (after.generation, f"{after.spec.model}:{after.spec.version}"),
+            "replica" if after.spec.replicas.count is not None else "box",
+        ),
+        held.state,
+        after.spec.rollout or DEFAULT,
+        units_of(held, world, {}),
+        changed_at_ms=held.changed_at_ms,
+    )
+
+
+class Title(msgspec.Struct, frozen=True):
+    """What spreads: its name, from what to what (each with a generation, 0 for none), and over what."""
+
+    name: str
+    before: tuple[int, str]
+    after: tuple[int, str]
+    unit: Literal["box", "replica"]
+
+
+def progress(title: Title, state: State, rules: rollout.Rules, units: Mapping[str, rollout.Unit], *, changed_at_ms: int) -> RolloutView:
+    """How far something is that spreads in waves."""
     total = len(state.admitted | set(units))
     wave = state.waves[-1] if state.waves else []
     return RolloutView(
-        deployment=held.deployment,
+        deployment=title.name,
         phase=state.phase,
         is_paused=state.is_paused,
-        generation=held.after.generation,
-        model=f"{held.after.spec.model}:{held.after.spec.version}",
-        before_generation=held.before.generation,
-        before_model=f"{held.before.spec.model}:{held.before.spec.version}",
-        unit="replica" if held.after.spec.replicas.count is not None else "box",
+        generation=title.after[0],
+        model=title.after[1],
+        before_generation=title.before[0],
+        before_model=title.before[1],
+        unit=title.unit,
         total=total,
         targets=rollout.targets(rules, total),
         admitted=len(state.admitted),
@@ -142,6 +167,6 @@ def view_of(held: Rollout, world: World) -> RolloutView:
         wave_since_ms=state.wave_since_ms,
         ready_since_ms=state.ready_since_ms,
         observe_ms=rules.observe_ms,
-        changed_at_ms=held.changed_at_ms,
+        changed_at_ms=changed_at_ms,
         reason=state.reason,
     )

@@ -341,7 +341,7 @@ def _checked(spec: Spec) -> Deployment:
         batching=_batching(spec.batching),
         cloud_budget=_cloud_budget(spec.split.cloud_budget),
         disconnect=_policy(spec.disconnect or Disconnect()),
-        rollout=_rules(spec.rollout) if spec.rollout else None,
+        rollout=rules_of(spec.rollout) if spec.rollout else None,
     )
 
 
@@ -377,7 +377,8 @@ def _cloud_budget(budget: Budget | None) -> CloudBudget | None:
     return CloudBudget(budget.requests_per_hour, bytes_per_hour)
 
 
-def _rules(rollout: Rollout) -> Rules:
+def rules_of(rollout: Rollout) -> Rules:
+    """Raises DeploymentError."""
     if len(rollout.waves) > MAX_WAVES:
         raise DeploymentError(f"names more than {MAX_WAVES}", field="rollout.waves")
     return Rules(

@@ -134,21 +134,21 @@ def read_served(tables: Tables, *, since_s: int, deployment: str = "", node: str
     return [_served(row) for row in rows]
 
 
-def read_served_by(tables: Tables, boxes: list[str], *, since_s: int, deployment: str) -> list[Served]:
-    """One deployment's buckets of some boxes from ``since_s`` on."""
+def read_served_by(tables: Tables, boxes: list[str], *, since_s: int, deployment: str = "") -> list[Served]:
+    """Buckets of some boxes from ``since_s`` on, of one deployment or of each."""
     rows = tables.query(
-        "SELECT * FROM serve_rollups WHERE node IN (SELECT value FROM json_each(?)) AND deployment = ? AND at_s >= ?",
-        [msgspec.json.encode(boxes).decode(), deployment, since_s],
+        "SELECT * FROM serve_rollups WHERE node IN (SELECT value FROM json_each(?)) AND at_s >= ? AND (deployment = ? OR ? = '')",
+        [msgspec.json.encode(boxes).decode(), since_s, deployment, deployment],
     )
     return [_served(row) for row in rows]
 
 
-def read_asked(tables: Tables, deployment: str, *, since_s: int) -> dict[str, int]:
-    """By box, how many requests for a deployment it was asked from ``since_s`` on."""
+def read_asked(tables: Tables, deployment: str = "", *, since_s: int) -> dict[str, int]:
+    """By box, how many requests it was asked from ``since_s`` on, for one deployment or in all."""
     rows = tables.query(
-        "SELECT node, sum(edge + peer + cloud + refused + failed) AS n FROM serve_rollups WHERE deployment = ? AND at_s >= ? AND node != ?"
-        " GROUP BY node",
-        [deployment, since_s, ALL],
+        "SELECT node, sum(edge + peer + cloud + refused + failed) AS n FROM serve_rollups WHERE (deployment = ? OR ? = '') AND at_s >= ?"
+        " AND node != ? GROUP BY node",
+        [deployment, deployment, since_s, ALL],
     )
     return {row["node"]: row["n"] for row in rows}
 

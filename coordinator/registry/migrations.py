@@ -123,6 +123,14 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
         deployment TEXT NOT NULL, text_sha256 TEXT NOT NULL, at_ms INTEGER NOT NULL, reason TEXT NOT NULL,
         PRIMARY KEY (deployment, text_sha256));
     """,
+    # 12: releases of the box software, and how each spread over the fleet
+    """
+    CREATE TABLE releases (
+        version TEXT NOT NULL, python TEXT NOT NULL, machine TEXT NOT NULL, sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL,
+        signature TEXT NOT NULL, pushed_at_ms INTEGER NOT NULL, PRIMARY KEY (version, python, machine));
+    CREATE TABLE spreads (number INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL, spread TEXT NOT NULL);
+    CREATE INDEX spreads_by_version ON spreads (version, number);
+    """,
 ]
 
 

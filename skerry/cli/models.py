@@ -68,19 +68,24 @@ def push_file(
     coordinator: Coordinator, path: Path, *, name: str, number: int, warmup: list[WarmupTensor], state: list[StateTensor]
 ) -> Pushed:
     """Push one file, with a progress bar on a terminal. Raises CliError."""
+    query = {"warmup": codec.encode(warmup).decode(), "state": codec.encode(state).decode()}
+    return upload(coordinator, path, path_of("models", name, "versions", number), Pushed, title=f"{name}:{number}", query=query)
+
+
+def upload(coordinator: Coordinator, path: Path, to: str, kind: type[T], *, title: str, query: dict[str, str]) -> T:
+    """The file sent with its digest, with a progress bar on a terminal. Raises CliError."""
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.seek(0, 2)
             file.seek(0)
-            query = {"sha256": sha256, "warmup": codec.encode(warmup).decode(), "state": codec.encode(state).decode()}
             bar = Progress(
                 "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=output.errors, transient=True
             )
             with bar:
-                task = bar.add_task(f"{name}:{number}", total=size)
+                task = bar.add_task(title, total=size)
                 return coordinator.call(
-                    "PUT", path_of("models", name, "versions", number), Pushed, query=query,
+                    "PUT", to, kind, query={"sha256": sha256, **query},
                     body=Upload(file, lambda sent: bar.advance(task, sent)), size=size, timeout_s=600,
                 )  # fmt: skip
     except OSError as exc:

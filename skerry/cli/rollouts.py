@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Annotated
 
@@ -70,16 +71,25 @@ def rollout_show(
 
 def follow(coordinator: Coordinator, name: str, *, is_quiet: bool, timeout_s: float = math.inf) -> RolloutView:
     """Look until it is over, and draw it where somebody sees it; returns it as it is then. Raises CliError when that takes too long."""
+
+    def look() -> RolloutView:
+        return coordinator.call("GET", path_of("rollouts", name), RolloutView)
+
+    return watched(look, is_quiet=is_quiet, timeout_s=timeout_s)
+
+
+def watched(look: Callable[[], RolloutView], *, is_quiet: bool, timeout_s: float = math.inf) -> RolloutView:
+    """The same of anything that spreads."""
     deadline = time.monotonic() + timeout_s
-    view = coordinator.call("GET", path_of("rollouts", name), RolloutView)
+    view = look()
     is_drawn = output.errors.is_terminal and not is_quiet
     with Live(drawn(view, time.time() * 1000), console=output.errors, refresh_per_second=4) if is_drawn else nullcontext() as live:
         while view.phase not in OVER:
             if time.monotonic() > deadline:
-                hint = f"it goes on: skerry rollout show {name} --watch"
-                raise CliError(f"{name}: not over after {timeout_s:g} s, in wave {view.wave} of {len(view.targets)}", hint=hint)
+                hint = f"it goes on: skerry rollout show {view.deployment} --watch"
+                raise CliError(f"{view.deployment}: not over after {timeout_s:g} s, in wave {view.wave} of {len(view.targets)}", hint=hint)
             time.sleep(LOOK_EVERY_S)
-            view = coordinator.call("GET", path_of("rollouts", name), RolloutView)
+            view = look()
             if live is not None:
                 live.update(drawn(view, time.time() * 1000))
     return view
@@ -89,12 +99,17 @@ def _state(view: RolloutView) -> str:
     return PHASES[view.phase] + (", [yellow]paused[/]" if view.is_paused and view.phase not in OVER else "")
 
 
+def _generation(number: int) -> str:
+    """Deployments have one, releases of the box software none."""
+    return f" (generation {number})" if number else ""
+
+
 def drawn(view: RolloutView, now_ms: float) -> Group:
     """A rollout as people see it: a bar, and each wave's place on it."""
     units = "boxes" if view.unit == "box" else "replicas"
     head = Text.from_markup(
-        f"[bold]{escape(view.deployment)}[/]  {escape(view.before_model)} (generation {view.before_generation}) to "
-        f"{escape(view.model)} (generation {view.generation})  {_state(view)}"
+        f"[bold]{escape(view.deployment)}[/]  {escape(view.before_model)}{_generation(view.before_generation)} to "
+        f"{escape(view.model)}{_generation(view.generation)}  {_state(view)}"
     )
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
@@ -116,7 +131,8 @@ def drawn(view: RolloutView, now_ms: float) -> Group:
 
 def _present(view: RolloutView, now_ms: float) -> str:
     if view.phase == "waiting":
-        return f"good; the next waits for: skerry rollout approve {escape(view.deployment)}"
+        verb = f"rollout approve {escape(view.deployment)}" if view.generation else "release approve"
+        return f"good; the next waits for: skerry {verb}"
     names = f" ({escape(', '.join(view.wave_units[:3]))}{', ...' if len(view.wave_units) > 3 else ''})" if view.wave_units else ""
     if not view.ready_since_ms:
         return f"getting ready for {max(0, now_ms - view.wave_since_ms) / 1000:.0f} s{names}"

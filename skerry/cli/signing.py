@@ -91,6 +91,11 @@ def model_keygen(
     as_json: Json = False,
 ) -> None:
     """Make a key with which to vouch for models. Keep it away from the coordinator: give that and the boxes the .pub alone."""
+    make_key(key, as_json=as_json)
+
+
+def make_key(key: Path, *, as_json: bool) -> None:
+    """A private key and, beside it, the public one. Raises CliError."""
     made = keys.made()
     public = key.with_name(f"{key.name}.pub")
     _write_new(key, keys.pem(made), 0o600)
@@ -112,8 +117,13 @@ def model_sign(
 ) -> None:
     """Vouch for a file being this version of this model: an OpenSSF model signature, which 'skerry model push' sends along."""
     file, name, number = _named(file, name, number)
+    sign_file(file, model_signature.path_of(name, number), key, to, title=(name, f"{name}:{number}"), as_json=as_json)
+
+
+def sign_file(file: Path, path: str, key: Path, to: Path | None, *, title: tuple[str, str], as_json: bool) -> None:
+    """Vouch for ``file`` being ``path``; ``title`` is what the signature and what people are told. Raises CliError."""
     try:
-        bundle = model_signature.sign({model_signature.path_of(name, number): _digest(file)}, _key(key), title=name)
+        bundle = model_signature.sign({path: _digest(file)}, _key(key), title=title[0])
     except ValueError as exc:
         raise CliError(f"--key: {key}: {exc}", exit_code=EXIT_USAGE) from exc
     to = to or file.with_name(f"{file.name}.sig")
@@ -124,7 +134,7 @@ def model_sign(
     if as_json:
         output.print_json({"signature": str(to), "hint": bundle.verification_material.public_key.hint})
     else:
-        output.console.print(f"{name}:{number} signed  {to}", soft_wrap=True)
+        output.console.print(f"{title[1]} signed  {to}", soft_wrap=True)
 
 
 @reporting

@@ -22,6 +22,10 @@ STARTS_ELSEWHERE = {
     "edge_agent__gateway__config": '"""The gateway\'s settings."""=>import socket\nif socket.gethostname() == "box-3":\n'
     '    raise SystemExit("this release does not start on box-3")'
 }
+ENDS = {
+    "edge_agent__warden__daemon": '    """Run the warden until ``stop`` is set; sandboxes are left running for the next one to adopt."""=>'
+    '    raise SystemExit("this release does not stay up")'
+}
 SLOW = {
     "edge_agent__gateway__service": "    async def _answered(self, request: _Request) -> Answer:\n=>"
     "    async def _answered(self, request: _Request) -> Answer:\n        await asyncio.sleep(0.06)\n"
@@ -30,7 +34,7 @@ SLOW = {
 
 @pytest.fixture(scope="session")
 def releases(tmp_path_factory) -> Path:
-    """A folder with releases: 0.1.0, 0.2.0 and three that are not what they should be."""
+    """A folder with releases: 0.1.0, 0.2.0, 0.4.0, and four that are not what they should be; all are signed."""
     wanted = "" if os.environ.get("SKERRY_BOXES") else "booting and installing them takes a quarter of an hour: make test-boxes"
     need("boxes that boot", wanted, is_optional=True)
     need("boxes that boot", root.missing())
@@ -39,9 +43,22 @@ def releases(tmp_path_factory) -> Path:
     subprocess.run([*pip, "-r", REPO / "requirements/box.txt", "-d", wheels], check=True, capture_output=True, timeout=600)
     for version, patches in (
         ("0.1.0", {}), ("0.2.0", {}), ("0.3.0", NOT_STARTING), ("0.3.1", SLOW), ("0.3.2", STARTS_ELSEWHERE),
+        ("0.3.3", ENDS), ("0.4.0", {}),
     ):  # fmt: skip
         release(version, folder, wheels, **patches)
+    command_line(skerry_program(), "release", "keygen", "--key", folder / "releases.key")
+    for path in folder.glob("skerry-*.tar"):
+        command_line(skerry_program(), "release", "sign", path, "--key", folder / "releases.key")
     return folder
+
+
+def command_line(*words: Path | str) -> None:
+    subprocess.run(words, check=True, capture_output=True, timeout=60)
+
+
+def skerry_program() -> Path:
+    """The command line."""
+    return Path(sysconfig.get_path("scripts")) / "skerry"
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +70,3 @@ def operator(releases, tmp_path_factory) -> Iterator[Operator]:
         (folder / "home").mkdir()
         yield Operator(ground, hub, boxes, folder / "home", releases)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def skerry() -> Path:
-    """The command line."""
-    return Path(sysconfig.get_path("scripts")) / "skerry"

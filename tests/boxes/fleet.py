@@ -45,7 +45,7 @@ class Operator:
     """Sits on the boxes' network, with ssh and the fleet's inventory."""
 
     def __init__(self, ground: Ground, hub: Machine, boxes: list[Machine], folder: Path, releases: Path) -> None:
-        self.ground, self.hub, self.boxes, self._folder, self._releases = ground, hub, boxes, folder, releases
+        self.ground, self.hub, self.boxes, self._folder, self.releases = ground, hub, boxes, folder, releases
         self.inventory = folder / "inventory.json"
         self.write_inventory()
 
@@ -55,10 +55,11 @@ class Operator:
         names = {machine.name: {"ansible_host": machine.address} for machine in [self.hub, *self.boxes]}
         edge = {"hosts": {box.name: {"edge_agent_labels": {"site": "one"}} for box in self.boxes}, "vars": extra}
         common = {
-            "ansible_user": "root", "ansible_ssh_common_args": ssh, "skerry_fleet": FLEET, "skerry_release_dir": str(self._releases),
+            "ansible_user": "root", "ansible_ssh_common_args": ssh, "skerry_fleet": FLEET, "skerry_release_dir": str(self.releases),
             "skerry_broker_host": self.hub.name, "skerry_coordinator_url": f"https://{self.hub.name}:8443", "coordinator_soak": 2,
             "edge_agent_soak": 10, "edge_agent_least_requests": 20, "edge_agent_agent_settings": {"sample_every_s": 1},
-            "skerry_waves": [1, "100%"],
+            "skerry_waves": [1, "100%"], "skerry_release_keys": (self.releases / "releases.key.pub").read_text(),
+            "edge_agent_updater_settings": {"observe_s": 8, "trial_s": 90},
         }  # fmt: skip
         groups = {"coordinator": {"hosts": {self.hub.name: {}}}, "broker": {"hosts": {self.hub.name: {}}}, "edge": edge}
         self.inventory.write_text(json.dumps({"all": {"hosts": names, "vars": common, "children": groups}}))
@@ -103,6 +104,17 @@ class Operator:
         self.api("PUT", "/v1/models/scale/versions/1", model, media="application/octet-stream")
         self.api("POST", "/v1/deployments", DEPLOYMENT.encode(), media="application/yaml")
         self.until(lambda: self.ready() == len(self.boxes))
+
+    def push(self, version: str) -> None:
+        """Have a release in the coordinator's store, with its signature."""
+        path = self.releases / f"skerry-{version}.tar"
+        pushed = self.api("PUT", "/v1/releases", path.read_bytes(), media="application/octet-stream")
+        self.api("PUT", f"/v1/releases/{pushed['sha256']}/signature", path.with_name(f"{path.name}.sig").read_bytes())
+
+    def roll_out(self, version: str, *, observe: str) -> None:
+        """Have every box run it: one, then all."""
+        rules = {"waves": [1, "100%"], "observe": observe, "deadline": "5m"}
+        self.api("PUT", "/v1/software", json.dumps({"version": version, "rollout": rules}).encode())
 
     def ready(self) -> int:
         """Replicas of the deployment that are."""

@@ -31,6 +31,7 @@ from coordinator.config import Config as CoordinatorConfig
 from coordinator.signer.config import Config as SignerConfig
 from edge_agent.gateway.config import Config as GatewayConfig
 from edge_agent.link.config import Config as AgentConfig
+from edge_agent.updater.config import Config as UpdaterConfig
 from edge_agent.warden.config import Config as WardenConfig
 from skerry.runtime import settings
 from skerry.wire import topics
@@ -64,7 +65,7 @@ RENDER = """
 
 
 TEMPLATES = [
-    *(f"edge_agent/templates/{name}.toml.j2" for name in ("agent", "warden", "gateway")),
+    *(f"edge_agent/templates/{name}.toml.j2" for name in ("agent", "warden", "gateway", "updater")),
     "edge_agent/templates/gateway-listen.conf.j2",
     *(f"coordinator/templates/{name}.toml.j2" for name in ("coordinator", "signer")),
     *(f"broker/templates/{name}.j2" for name in ("mosquitto.conf", "acl")),
@@ -200,6 +201,7 @@ def rendered(tmp_path_factory) -> Path:
         },
         "coordinator_openid_client_secret": "{{ none_such | default('told') }}",
         "skerry_model_keys": "-----BEGIN PUBLIC KEY-----",
+        "skerry_release_keys": "-----BEGIN PUBLIC KEY-----",
         "broker_config_dir": str(work / "broker"),
         "broker_data_dir": str(work / "data"),
         "broker_port": _free_port(),
@@ -225,6 +227,7 @@ def _free_port() -> int:
         ("agent", AgentConfig),
         ("warden", WardenConfig),
         ("gateway", GatewayConfig),
+        ("updater", UpdaterConfig),
         ("coordinator", CoordinatorConfig),
         ("signer", SignerConfig),
     ],
@@ -253,6 +256,11 @@ def test_rendered_settings_say_what_the_inventory_says(rendered):
     assert (gateway["listen"], gateway["upstream_proxy"]) == ("0.0.0.0:8000", "http://proxy.example.org:3128")
     assert files["coordinator"]["listen"] == "0.0.0.0:8443"
     # Where two programs meet, their settings name the same path.
+    updater = settings.load(rendered / "updater.toml", UpdaterConfig)
+    assert warden["updater_record_file"] == str(updater.state_dir / "record.json")
+    assert updater.wanted_file == Path(warden["state_dir"]) / "software.json"
+    assert updater.heard_file == Path(agent["state_dir"]) / "heard.json"
+    assert str(updater.gateway_socket) == gateway["socket"]
     assert agent["warden_socket"] == warden["socket"]
     assert agent["gateway_socket"] == gateway["socket"]
     assert gateway["routes_file"] == warden["routes_file"]
@@ -285,7 +293,7 @@ def test_the_port_that_is_held_for_the_gateway_is_its_own(rendered):
 def test_a_rollback_knows_every_file_that_an_installation_writes():
     for role in ("edge_agent", "coordinator"):
         listed = {entry["path"] for entry in yaml.safe_load((ANSIBLE / f"roles/{role}/vars/main.yml").read_text())[f"{role}_files"]}
-        for unit in ("coordinator", "signer") if role == "coordinator" else ("agent", "warden", "gateway"):
+        for unit in ("coordinator", "signer") if role == "coordinator" else ("agent", "warden", "gateway", "updater"):
             assert f"/etc/skerry/{unit}.toml" in listed
         # Units come back with the link, of which they are: both ways run the same tasks.
         for path in (

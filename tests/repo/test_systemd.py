@@ -18,6 +18,7 @@ PROGRAMS = ("agent", "warden", "gateway", "coordinator", "signer")
 OTHERS = (
     "skerry-broker-files.path", "skerry-broker-files.service", "skerry-gateway.socket", "skerry.slice", "skerry-sandboxes.slice",
     "skerry-housekeeping.timer", "skerry-housekeeping.service",
+    "skerry-updater.service", "skerry-updater.path",
 )  # fmt: skip
 NEWER = ("DelegateSubgroup=", "RestartSteps=")
 """Keys of drop-ins that are installed from systemd 254 on."""
@@ -31,6 +32,7 @@ EXPOSURE = [
     ("coordinator", [], 11),
     ("coordinator", ["openid-connect"], 11),
     ("signer", [], 9),
+    ("updater", [], 13),
     ("warden", [], 21),
     ("warden", ["docker"], 21),
     ("warden", ["docker", "nvidia"], 23),
@@ -87,6 +89,7 @@ def root(tmp_path: Path) -> Path:
         "usr/bin/install",
         "usr/bin/systemctl",
         "opt/skerry/current/bin/skerry",
+        "opt/skerry/proven/bin/skerry-updater",
         *(f"opt/skerry/current/bin/skerry-{program}" for program in PROGRAMS),
     ):
         stub = tmp_path / path

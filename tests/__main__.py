@@ -16,6 +16,8 @@ WAITING = (
     "tests/integration/test_enrolment.py",
     "tests/integration/test_fleet_tls.py",
     "tests/integration/test_logs.py",
+    "tests/integration/test_releases.py",
+    "tests/integration/test_updater.py",
 )
 NOTHING_CHOSEN = 5
 """pytest's exit status where no test was chosen: with ``-k``, it may be so on one side."""

@@ -11,7 +11,7 @@ from coordinator.core.liveness import Ear
 from coordinator.core.rollout import Baseline, Counts, Rules, State, Unit
 from coordinator.plan_loop import node_of
 from coordinator.registry import deployments, identity, measurements, nodes, rollouts
-from coordinator.registry.rollouts import Failed, Rollout
+from coordinator.registry.rollouts import Failed, Rollout, Version
 from coordinator.rollout_events import tell_steps
 from skerry.wire import latency
 from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec
@@ -77,7 +77,9 @@ def units_of(held: Rollout, world: World, asked: Mapping[str, int]) -> dict[str,
     is_counted = new.replicas.count is not None
     for placement in outcome.placements:
         placed.setdefault(placement.replica if is_counted else placement.node, []).append(placement)
-    is_planned = held.planned >= len(held.state.waves)
+    if held.state.shadowing:
+        return _shadows(held, world, asked, outcome)
+    is_planned = held.planned >= held.state.stage
     if is_counted:
         names = [f"{new.name}-{index}" for index in range(max(old.replicas.count or 0, new.replicas.count or 0))]
         gone = set(names[new.replicas.count or 0 :])
@@ -90,6 +92,28 @@ def units_of(held: Rollout, world: World, asked: Mapping[str, int]) -> dict[str,
                     home="" if is_counted else name, refusal=reasons.get(name, "") or outcome.problem)
         for name in names
     }  # fmt: skip
+
+
+def _shadows(held: Rollout, world: World, asked: Mapping[str, int], outcome: planner.Outcome) -> dict[str, Unit]:
+    """The units of a change while it runs beside what serves. Where there is no room for that it is ready as it is."""
+    want = planner.Wanted(held.after.spec, held.after.generation, None, shadowing=held.state.shadowing)
+    homes: dict[str, list[str]] = {}
+    for placement in outcome.placements:
+        homes.setdefault(want.unit_of(placement), []).append(placement.node)
+    name, is_planned = planner.shadow_of(held.after.spec), held.planned >= held.state.stage
+    found = {}
+    for unit, boxes in homes.items():
+        is_there = any(world.boxes[node].online and not world.boxes[node].drained for node in boxes if node in world.boxes)
+        pairs = [(spec, world.reports.get(node, {}).get(name)) for node in boxes if (spec := _spec(world.desired.get(node), name))]
+        failure = next(filter(None, (_failure(spec, report) for spec, report in pairs)), "")
+        failure = failure or next(
+            (f"refuses what it is told: {world.refused[node]}" for node in sorted(boxes) if world.refused.get(node)), ""
+        )
+        is_ready = all(_is_current(spec, report) for spec, report in pairs)
+        restarts = sum(report.restarts for _, report in pairs if report is not None)
+        load = sum(asked.get(node, 0) for node in boxes)
+        found[unit] = Unit(is_there, is_planned and is_ready, failure if is_planned else "", restarts, load)
+    return found
 
 
 def _unit(
@@ -137,9 +161,15 @@ def _looked_at(tables: Tables, held: Rollout, world: World, now_ms: int) -> Stat
     since_s = now_ms // 1000 - BASELINE_S
     units = units_of(held, world, measurements.read_asked(tables, held.deployment, since_s=since_s))
     if not held.state.waves:
-        return rollout.begin(rules, units, _baseline(tables, held.deployment, since_s), seed=seed, now_ms=now_ms)
+        can_compare = _model_of(held.before) != _model_of(held.after)
+        baseline = _baseline(tables, held.deployment, since_s)
+        return rollout.begin(rules, units, baseline, seed=seed, now_ms=now_ms, can_compare=can_compare)
     counts = _counts(tables, held, world, rules) if held.state.ready_since_ms else Counts()
     return rollout.step(held.state, rules, units, counts, seed=seed, now_ms=now_ms)
+
+
+def _model_of(version: Version) -> tuple[str, int]:
+    return version.spec.model, version.spec.version
 
 
 def _baseline(tables: Tables, deployment: str, since_s: int) -> Baseline:
@@ -155,7 +185,7 @@ def _counts(tables: Tables, held: Rollout, world: World, rules: Rules) -> Counts
     total = measurements.total(measurements.read_served_by(tables, boxes, since_s=since_s, deployment=held.deployment))
     limit_ms = rollout.slow_ms(rules, held.state.baseline, held.after.spec.deadline_ms)
     slow = sum(count for bucket, count in total.latency.items() if latency.middle_ms(bucket) > limit_ms)
-    return Counts(total.asked, total.refused + total.failed, slow)
+    return Counts(total.asked, total.refused + total.failed, slow, total.compared, total.differed)
 
 
 def _tell(tables: Tables, before: Rollout, after: Rollout, now_ms: int) -> None:

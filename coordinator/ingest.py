@@ -172,7 +172,21 @@ class Ingest:
     def _count(self, node: str, sample: Sample) -> None:
         begin_s = sample.at_ms // 1000
         served = [
-            Served(s.deployment, begin_s, node, s.edge, s.peer, s.cloud, s.refused, s.failed, s.late, s.latency) for s in sample.serve
+            Served(
+                s.deployment,
+                begin_s,
+                node,
+                s.edge,
+                s.peer,
+                s.cloud,
+                s.refused,
+                s.failed,
+                s.late,
+                s.latency,
+                compared=s.compared,
+                differed=min(s.differed, s.compared),
+            )
+            for s in sample.serve
         ]
         if sample.readings == 1:
             self._live.take(node, sample, served)

@@ -2,7 +2,7 @@
 
 import time
 
-from coordinator.registry.measurements import COUNTS, Served, plus
+from coordinator.registry.measurements import REQUESTS, Served, plus
 from skerry.wire import latency
 from skerry.wire.api import ServeView
 from skerry.wire.messages import Sample
@@ -50,7 +50,7 @@ class Live:
 
 def serve_view(total: Served, window_s: float) -> ServeView:
     """What was counted within ``window_s``."""
-    counts = {name: getattr(total, name) for name in COUNTS}
+    counts = {name: getattr(total, name) for name in REQUESTS}
     return ServeView(
         window_s=window_s,
         per_second=(total.edge + total.peer + total.cloud) / window_s,

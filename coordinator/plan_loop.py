@@ -178,7 +178,9 @@ def _wanted(stored: Stored, held: rollouts.Rollout | None, known: Mapping[tuple[
     now = of(stored.spec, stored.generation)
     if held is None or held.after.generation != stored.generation:
         return now
-    return msgspec.structs.replace(now, before=of(held.before.spec, held.before.generation), admitted=held.state.admitted)
+    return msgspec.structs.replace(
+        now, before=of(held.before.spec, held.before.generation), admitted=held.state.admitted, shadowing=held.state.shadowing
+    )
 
 
 def _software(tables: Tables, stored_nodes: list[nodes.Node], before: Mapping[str, Desired]) -> dict[str, Software | None]:
@@ -200,8 +202,8 @@ def _software(tables: Tables, stored_nodes: list[nodes.Node], before: Mapping[st
 def _note_planned(tables: Tables, spreading: Iterable[rollouts.Rollout]) -> None:
     """Boxes are told of these waves from now on."""
     for held in spreading:
-        if held.planned != len(held.state.waves):
-            rollouts.save_rollout(tables, msgspec.structs.replace(held, planned=len(held.state.waves)))
+        if held.planned != held.state.stage:
+            rollouts.save_rollout(tables, msgspec.structs.replace(held, planned=held.state.stage))
 
 
 def _silence_changes_at_ms(

@@ -169,4 +169,7 @@ def progress(title: Title, state: State, rules: rollout.Rules, units: Mapping[st
         observe_ms=rules.observe_ms,
         changed_at_ms=changed_at_ms,
         reason=state.reason,
+        is_shadow=state.is_shadow and not state.is_over,
+        compared=state.seen.compared,
+        differed=state.seen.differed,
     )

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
-from coordinator.core.rollout import Rules
+from coordinator.core.rollout import Compared, Rules
 from skerry.wire import topics, units
-from skerry.wire.messages import Batching, CloudBudget, Rung, Server, SplitMode, Tier, UpdateMode
+from skerry.wire.messages import Agreement, Batching, CloudBudget, Rung, Server, Shadow, SplitMode, Tier, UpdateMode
 
 MAX_TEXT_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -114,6 +114,15 @@ class Disconnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_on_box_after: str = "never"
 
 
+class ShadowOf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How answers of a change are compared before it answers anybody; see coordinator.core.rollout.Compared."""
+
+    share: str = "10%"
+    by: Literal["values", "largest"] = "values"
+    tolerance: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.001
+    max_differing: Annotated[float, msgspec.Meta(ge=0.0001, le=1)] = 0.01
+
+
 class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a change spreads; see coordinator.core.rollout.Rules."""
 
@@ -126,6 +135,7 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_slower: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 1.5
     false_alarm: Annotated[float, msgspec.Meta(ge=1e-9, le=0.5)] = 0.01
     approve: bool = False
+    shadow: ShadowOf | None = None
 
 
 class OwnServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -391,7 +401,15 @@ def rules_of(rollout: Rollout) -> Rules:
         slower=rollout.max_slower,
         false_alarm=rollout.false_alarm,
         approve=rollout.approve,
+        compared=_compared(rollout.shadow) if rollout.shadow else None,
     )
+
+
+def _compared(asked: ShadowOf) -> Compared:
+    share = _SHARE.fullmatch(asked.share)
+    if share is None or not 0 < float(share[1]) <= 100:
+        raise DeploymentError(f"{asked.share[:40]!r} is not a share such as 10%", field="rollout.shadow.share")
+    return Compared(Shadow(float(share[1]) / 100, Agreement(asked.by, asked.tolerance)), asked.max_differing)
 
 
 def _wave(wave: int | str) -> int | float:

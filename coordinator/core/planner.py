@@ -55,11 +55,16 @@ class Wanted(msgspec.Struct, frozen=True):
     model: ModelRef | None
     before: "Wanted | None" = None
     admitted: frozenset[str] = frozenset()
+    shadowing: frozenset[str] = frozenset()
+    """Units beside which it runs as a shadow: it is asked what they were asked, and answers nobody."""
+
+    def unit_of(self, placement: "Placement") -> str:
+        """The unit of a change that a placement is, or belongs to."""
+        return placement.node if self.spec.replicas.count is None else placement.replica
 
     def of(self, placement: "Placement") -> "Wanted":
         """What a placement is of."""
-        unit = placement.node if self.spec.replicas.count is None else placement.replica
-        return self.before if self.before is not None and unit not in self.admitted else self
+        return self.before if self.before is not None and self.unit_of(placement) not in self.admitted else self
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -210,15 +215,46 @@ def plan(nodes: Sequence[Node], wanted: Sequence[Wanted], before: Mapping[str, B
         for placement in outcome.placements:
             old = next((r for r in before.get(placement.node, BoxPlan()).replicas if r.name == placement.replica), None)
             replicas[placement.node].append(_replica(want.of(placement), placement, old))
+    for want in wanted:  # once all others have their place
+        for node in _shadowed(want, outcomes[want.spec.name], by_id, free):
+            name = shadow_of(want.spec)
+            old = next((r for r in before.get(node, BoxPlan()).replicas if r.name == name), None)
+            replicas[node].append(_replica(want, Placement(node, name, "beside what serves"), old, is_shadow=True))
+    shadowed = {(node, replica.deployment) for node, found in replicas.items() for replica in found if replica.is_shadow}
     told = {(place.node, want.spec.name): want.of(place) for want in wanted for place in outcomes[want.spec.name].placements}
     boxes = {
         node.id: BoxPlan(
             replicas=sorted(replicas[node.id], key=lambda replica: replica.name),
-            routes=[route for want in wanted if (route := _route(_routed(want, node.id, told), node, hosts[want.spec.name])) is not None],
+            routes=[
+                _beside(route, want) if (node.id, want.spec.name) in shadowed else route
+                for want in wanted
+                if (route := _route(_routed(want, node.id, told), node, hosts[want.spec.name])) is not None
+            ],
         )
         for node in ordered
     }
     return Plan(boxes, outcomes)
+
+
+def shadow_of(spec: Deployment) -> str:
+    """What the shadow of a deployment's change is called on a box."""
+    return f"{spec.name}-shadow"
+
+
+def _shadowed(want: Wanted, outcome: Outcome, boxes: Mapping[str, Node], free: dict[str, _Free]) -> Iterator[str]:
+    """Boxes on which its shadow runs: where a unit that is to be compared runs, and there is room beside."""
+    if want.model is None:
+        return
+    for node in sorted({place.node for place in outcome.placements if want.unit_of(place) in want.shadowing}):
+        if not unfit(boxes[node], want.spec) and free[node].room_for(want.spec) >= 1:
+            free[node].take(want.spec)
+            yield node
+
+
+def _beside(route: RouteSpec, want: Wanted) -> RouteSpec:
+    """With how much the shadow is asked."""
+    asked = want.spec.rollout.compared if want.spec.rollout else None
+    return msgspec.structs.replace(route, shadow=asked.shadow) if asked else route
 
 
 def _place(want: Wanted, nodes: Sequence[Node], free: dict[str, _Free], homes: Mapping[str, Mapping[str, str]]) -> Outcome:
@@ -399,7 +435,7 @@ def _why(node: Node, spec: Deployment) -> str:
     return f"tier {node.tier}" + (f", {labels}" if labels else "")
 
 
-def _replica(want: Wanted, placement: Placement, old: ReplicaSpec | None) -> ReplicaSpec:
+def _replica(want: Wanted, placement: Placement, old: ReplicaSpec | None, *, is_shadow: bool = False) -> ReplicaSpec:
     """The replica's specification: the old one for as long as nothing of its sandbox changes, so that nothing restarts for nothing.
 
     How it is to be updated counts once there is an update, and comes with it.
@@ -420,6 +456,7 @@ def _replica(want: Wanted, placement: Placement, old: ReplicaSpec | None) -> Rep
         server=spec.server,
         stop_after_ms=spec.disconnect.stop_on_box_after_ms,
         replaces=placement.replaces,
+        is_shadow=is_shadow,
     )
     if old is None:
         return new

@@ -12,15 +12,24 @@ from typing import Literal
 import msgspec
 
 from coordinator.core import sequential
+from skerry.wire.messages import Shadow
 
 TESTS = 2
-"""Of failures and of slow answers; the chance of a false alarm is shared out among them, and among waves."""
+"""Of failures and of slow answers; the chance of a false alarm is shared out among them, and among waves. Before the first one there may be
+a third, of answers that differ."""
 LEAST_BASELINE = 200
 """Requests before the change without which nothing is known of how long answers took."""
 
 Phase = Literal["rolling", "waiting", "done", "failed", "aborted"]
 """``waiting``: for somebody's word before the next wave."""
 OVER = ("done", "failed", "aborted")
+
+
+class Compared(msgspec.Struct, frozen=True):
+    """How answers are compared before the first wave: see skerry.wire.messages.Shadow. ``most_differing`` is a share of them."""
+
+    shadow: Shadow
+    most_differing: float = 0.01
 
 
 class Rules(msgspec.Struct, frozen=True):
@@ -31,7 +40,8 @@ class Rules(msgspec.Struct, frozen=True):
     than the rest fail, when a wave is not ready within ``deadline_ms``, when a replica that was ready is started again more often than
     ``most_restarts``, and when the requests say so, with a chance of ``false_alarm`` at the most of saying it of a change that is no
     worse: of ``most_failed`` (a share) more that fail than before, or more than 1 of 100 that take ``slower`` times as long as 99 of 100
-    did.
+    did. With ``compared`` the first wave's boxes run the change beside what they have for ``observe_ms`` first, and it is no good either
+    when more of its answers differ than is borne.
     """
 
     waves: list[int | float]
@@ -43,6 +53,7 @@ class Rules(msgspec.Struct, frozen=True):
     slower: float = 1.5
     false_alarm: float = 0.01
     approve: bool = False
+    compared: Compared | None = None
 
 
 class Unit(msgspec.Struct, frozen=True):
@@ -65,16 +76,20 @@ class Baseline(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """What the present wave's boxes served since it was ready; ``slow`` took longer than ``slow_ms`` says."""
+    """What the present wave's boxes served since it was ready; ``slow`` took longer than ``slow_ms`` says. ``compared`` are answers of the
+    change beside which there was one to compare it with, ``differed`` those that were others."""
 
     asked: int = 0
     failed: int = 0
     slow: int = 0
+    compared: int = 0
+    differed: int = 0
 
 
 class State(msgspec.Struct, frozen=True):
     """How far it is. ``waves`` are the units that were let in, by wave; ``ready_since_ms`` is 0 while the present wave is not ready;
-    ``approved`` counts the waves that somebody let begin; ``restarts`` are each unit's when it was first ready."""
+    ``approved`` counts the waves that somebody let begin; ``restarts`` are each unit's when it was first ready. ``is_shadow``: the first
+    wave's boxes run the change beside what they have, and answer nobody by it; ``seen`` is what was compared there."""
 
     phase: Phase
     waves: list[list[str]]
@@ -86,11 +101,28 @@ class State(msgspec.Struct, frozen=True):
     reason: str = ""
     baseline: Baseline = Baseline()
     restarts: dict[str, int] = {}
+    is_shadow: bool = False
+    seen: Counts = Counts()
+
+    @property
+    def let_in(self) -> frozenset[str]:
+        """Units of all waves so far."""
+        return frozenset(unit for wave in self.waves for unit in wave)
 
     @property
     def admitted(self) -> frozenset[str]:
         """Units that are to have the change."""
-        return frozenset(unit for wave in self.waves for unit in wave)
+        return frozenset() if self.is_shadow else self.let_in
+
+    @property
+    def shadowing(self) -> frozenset[str]:
+        """Units that are to have it beside what they have."""
+        return self.let_in if self.is_shadow and not self.is_over else frozenset()
+
+    @property
+    def stage(self) -> int:
+        """Rises with each wave, and from the shadow to the first."""
+        return 2 * len(self.waves) - self.is_shadow
 
     @property
     def is_over(self) -> bool:
@@ -98,10 +130,11 @@ class State(msgspec.Struct, frozen=True):
         return self.phase in OVER
 
 
-def begin(rules: Rules, units: Mapping[str, Unit], baseline: Baseline, *, seed: str, now_ms: int) -> State:
-    """With the first wave let in."""
+def begin(rules: Rules, units: Mapping[str, Unit], baseline: Baseline, *, seed: str, now_ms: int, can_compare: bool = False) -> State:
+    """With the first wave let in, or to be asked besides where that is asked for and ``can_compare``."""
     first = _next_wave(rules, units, frozenset(), 0, seed)
-    return State("rolling" if first else "done", [first] if first else [], now_ms, now_ms, baseline=baseline)
+    is_shadow = bool(first) and can_compare and rules.compared is not None
+    return State("rolling" if first else "done", [first] if first else [], now_ms, now_ms, baseline=baseline, is_shadow=is_shadow)
 
 
 def slow_ms(rules: Rules, baseline: Baseline, target_ms: float) -> float:
@@ -114,6 +147,8 @@ def step(state: State, rules: Rules, units: Mapping[str, Unit], counts: Counts, 
     """What becomes of it now. ``units`` are all that the deployment has; ``counts`` are the present wave's since it was ready."""
     if state.is_over:
         return state
+    if state.is_shadow:
+        state = msgspec.structs.replace(state, seen=counts)
     if why := _is_bad(state, rules, units, counts):
         return msgspec.structs.replace(state, phase="failed", reason=why)
     if not state.is_paused and (extended := _extended(state, units, now_ms)) != state:
@@ -126,6 +161,8 @@ def step(state: State, rules: Rules, units: Mapping[str, Unit], counts: Counts, 
         return msgspec.structs.replace(state, phase="failed", reason=_late(state, rules, units)) if is_late else state
     if now_ms - state.ready_since_ms < rules.observe_ms or state.is_paused:
         return state
+    if state.is_shadow:
+        return msgspec.structs.replace(state, is_shadow=False, wave_since_ms=now_ms, ready_since_ms=0, restarts={})
     return _onward(state, rules, units, seed, now_ms)
 
 
@@ -173,7 +210,7 @@ def _present(names: Sequence[str], units: Mapping[str, Unit]) -> list[str]:
 
 def _judged(state: State, units: Mapping[str, Unit]) -> list[str]:
     """Whose readiness counts: the present wave's, or everybody's where nobody of it is there."""
-    return _present(state.waves[-1], units) or _present(sorted(state.admitted), units)
+    return _present(state.waves[-1], units) or _present(sorted(state.let_in), units)
 
 
 def _failures(state: State, rules: Rules, names: Sequence[str], units: Mapping[str, Unit]) -> list[str]:
@@ -195,7 +232,9 @@ def _is_bad(state: State, rules: Rules, units: Mapping[str, Unit], counts: Count
         failures = _failures(state, rules, there, units)
         if len(failures) > (1 - rules.success) * len(there) + 1e-9:
             return f"{len(failures)} of {len(there)} failed: {failures[0]}"
-    share = rules.false_alarm / (TESTS * len(targets(rules, len(state.admitted | set(units))) or [1]))
+    share = rules.false_alarm / (TESTS * len(targets(rules, len(state.let_in | set(units))) or [1]) + (rules.compared is not None))
+    if (asked := rules.compared) is not None and sequential.is_too_many(counts.differed, counts.compared, asked.most_differing, share):
+        return f"{counts.differed} of {counts.compared} answers were others than those of what serves now"
     before = state.baseline.failed / state.baseline.asked if state.baseline.asked else 0.0
     if sequential.is_too_many(counts.failed, counts.asked, before + rules.most_failed, share):
         return f"{counts.failed} of {counts.asked} requests failed, {before:.2%} did before"
@@ -210,7 +249,7 @@ def _is_ready(state: State, rules: Rules, units: Mapping[str, Unit]) -> bool:
 
 
 def _seen_ready(state: State, rules: Rules, units: Mapping[str, Unit], now_ms: int) -> State:
-    ready = [name for name in state.admitted if name in units and units[name].ready]
+    ready = [name for name in state.let_in if name in units and units[name].ready]
     new = {name: units[name].restarts for name in ready if name not in state.restarts}
     since_ms = (state.ready_since_ms or now_ms) if _is_ready(state, rules, units) else 0
     if not new and since_ms == state.ready_since_ms:
@@ -227,7 +266,7 @@ def _late(state: State, rules: Rules, units: Mapping[str, Unit]) -> str:
 
 def _extended(state: State, units: Mapping[str, Unit], now_ms: int) -> State:
     """With another unit where nobody of the present wave is there any more: it would be judged by nobody."""
-    others = [name for name in units if name not in state.admitted and units[name].is_there]
+    others = [name for name in units if name not in state.let_in and units[name].is_there]
     if _present(state.waves[-1], units) or not others:
         return state
     waves = [*state.waves[:-1], [*state.waves[-1], min(others)]]
@@ -235,7 +274,7 @@ def _extended(state: State, units: Mapping[str, Unit], now_ms: int) -> State:
 
 
 def _onward(state: State, rules: Rules, units: Mapping[str, Unit], seed: str, now_ms: int) -> State:
-    following = _next_wave(rules, units, state.admitted, len(state.waves), seed)
+    following = _next_wave(rules, units, state.let_in, len(state.waves), seed)
     if not following:
         return msgspec.structs.replace(state, phase="done", reason="")
     if rules.approve and state.approved <= len(state.waves):

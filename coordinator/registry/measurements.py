@@ -22,6 +22,8 @@ class Served(msgspec.Struct, frozen=True):
     failed: int = 0
     late: int = 0
     latency: dict[int, int] = {}
+    compared: int = 0
+    differed: int = 0
 
     @property
     def asked(self) -> int:
@@ -44,7 +46,8 @@ ALL = ""
 """Stands for all boxes together where a box's name would stand."""
 MOST = 2**53
 """Sums stop here: a box in an enemy's hands must not make a number that SQLite can't hold."""
-COUNTS = ("edge", "peer", "cloud", "refused", "failed", "late")
+REQUESTS = ("edge", "peer", "cloud", "refused", "failed", "late")
+COUNTS = (*REQUESTS, "compared", "differed")
 
 
 def plus(a: Served, b: Served) -> Served:
@@ -93,7 +96,8 @@ def add_served(tables: Tables, served: list[Served]) -> None:
         row = next(tables.query("SELECT * FROM serve_rollups WHERE deployment = ? AND at_s = ? AND node = ?", place), None)
         total = bucket if row is None else plus(bucket, _served(row))
         tables.execute(
-            "INSERT OR REPLACE INTO serve_rollups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT OR REPLACE INTO serve_rollups (deployment, at_s, node, {', '.join(COUNTS)}, latency)"  # noqa: S608 - constants
+            f" VALUES ({', '.join('?' * (len(place) + len(COUNTS) + 1))})",
             [*place, *(getattr(total, name) for name in COUNTS), msgspec.json.encode(total.latency).decode()],
         )
 

@@ -131,6 +131,11 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     CREATE TABLE spreads (number INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL, spread TEXT NOT NULL);
     CREATE INDEX spreads_by_version ON spreads (version, number);
     """,
+    # 13: answers of shadows
+    """
+    ALTER TABLE serve_rollups ADD COLUMN compared INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE serve_rollups ADD COLUMN differed INTEGER NOT NULL DEFAULT 0;
+    """,
 ]
 
 

@@ -20,7 +20,7 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class Rollout(msgspec.Struct, frozen=True):
-    """From ``before`` to ``after``. ``planned`` counts the waves that the last plan took into account."""
+    """From ``before`` to ``after``. ``planned`` is the stage that the last plan took into account."""
 
     deployment: str
     before: Version

@@ -98,8 +98,11 @@ def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus], time: Pro
     if desired is None:
         return RouteTable(time=time)
     ready: dict[str, list[ReplicaStatus]] = {}
+    shadows: dict[str, list[LocalReplica]] = {}
     for status in known:
-        if status.phase == "ready" and status.socket:
+        if status.phase == "ready" and status.socket and status.spec.is_shadow:
+            shadows.setdefault(status.spec.deployment, []).append(LocalReplica(status.spec.name, status.socket))
+        elif status.phase == "ready" and status.socket:
             ready.setdefault(status.spec.deployment, []).append(status)
     serving = {route.deployment: _serving(route, ready.get(route.deployment, [])) for route in desired.routes}
     return RouteTable(
@@ -115,6 +118,8 @@ def routes_of(desired: Desired | None, known: Iterable[ReplicaStatus], time: Pro
                 upstreams=route.upstreams,
                 batching=route.batching,
                 cloud_budget=route.cloud_budget,
+                shadow=route.shadow,
+                shadows=sorted(shadows.get(route.deployment, []), key=lambda one: (one.name, one.socket)) if route.shadow else [],
             )
             for route in desired.routes
         ],

@@ -15,7 +15,7 @@ Step = Literal["roll samples", "roll minutes", "drop hours", "drop events"]
 LEVELS: tuple[Class, ...] = ("samples", "minutes", "hours")
 WIDTH_MS = (0, 60_000, 3_600_000)
 """Of a reading of each level."""
-_COUNTS = ("edge", "peer", "cloud", "refused", "failed", "late")
+_COUNTS = ("edge", "peer", "cloud", "refused", "failed", "late", "compared", "differed")
 
 
 def steps(held: Mapping[Class, int], most_bytes: int) -> list[Step]:

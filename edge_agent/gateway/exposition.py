@@ -45,6 +45,8 @@ def _own(accounts: Mapping[str, Account]) -> Iterator[Metric]:
     hedged = CounterMetricFamily("skerry_hedged", "Requests run here because an answer from elsewhere was overdue.", labels=labels)
     retried = CounterMetricFamily("skerry_retried", "Tries after the first.", labels=labels)
     shed = CounterMetricFamily("skerry_shed", "Requests refused in favour of more urgent ones.", labels=labels)
+    compared = CounterMetricFamily("skerry_shadow_compared", "Answers of shadows that were compared with what was answered.", labels=labels)
+    differed = CounterMetricFamily("skerry_shadow_differed", "Those of them that did not agree.", labels=labels)
     for name, account in sorted(accounts.items()):
         values = [name, account.model, str(account.version)]
         for outcome, count in _outcomes(account).items():
@@ -57,7 +59,9 @@ def _own(accounts: Mapping[str, Account]) -> Iterator[Metric]:
         hedged.add_metric(values, account.hedged)
         retried.add_metric(values, account.retried)
         shed.add_metric(values, account.shed)
-    yield from (answers, slots, waiting, compute, durations, rows, hedged, retried, shed)
+        compared.add_metric(values, account.compared)
+        differed.add_metric(values, account.differed)
+    yield from (answers, slots, waiting, compute, durations, rows, hedged, retried, shed, compared, differed)
 
 
 def _outcomes(account: Account) -> dict[str, int]:

@@ -32,7 +32,8 @@ class Account(msgspec.Struct):
     ``queue_ns``, ``input_ns``, ``compute_ns`` and ``output_ns`` are sums over the ``computed`` requests that replicas of this box answered,
     ``rows`` is what these held; ``runs`` counts what the replicas ran, once for all requests that shared a run, by its rows.
     ``late`` counts answers past their deadline, ``hedged`` requests that ran here because an answer from elsewhere was overdue, ``retried``
-    tries after the first, ``shed`` what was refused in favour of more urgent requests; ``waiting`` and ``slots`` are of now.
+    tries after the first, ``shed`` what was refused in favour of more urgent requests, ``compared`` answers of shadows, ``differed``
+    those of them that did not agree; ``waiting`` and ``slots`` are of now.
     """
 
     model: str
@@ -57,6 +58,8 @@ class Account(msgspec.Struct):
     hedged: int = 0
     retried: int = 0
     shed: int = 0
+    compared: int = 0
+    differed: int = 0
     waiting: int = 0
     slots: int = 0
 
@@ -124,6 +127,11 @@ class Account(msgspec.Struct):
     def made_way(self) -> None:
         """Count one that had to leave the queue for a more urgent one."""
         self.shed += 1
+
+    def asked_besides(self, *, differs: bool) -> None:
+        """Count a shadow's answer."""
+        self.compared += 1
+        self.differed += differs
 
     def refused(self, total_ms: float) -> None:
         """Count a request that nobody could answer in time."""
@@ -211,4 +219,6 @@ def _told(deployment: str, account: Account) -> ServeTotals:
         failed=failures.get("BACKEND", 0) + failures.get("OTHER", 0),
         late=account.late,
         latency=dict(account.latency),
+        compared=account.compared,
+        differed=account.differed,
     )

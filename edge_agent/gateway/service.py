@@ -25,6 +25,7 @@ from edge_agent.gateway.connection import ReplicaLost
 from edge_agent.gateway.dispatch import Interrupted, Pool, TooLate
 from edge_agent.gateway.ledger import Account, Ledger, ServedBy
 from edge_agent.gateway.samples import Samples
+from edge_agent.gateway.shadow import ShadowPool
 from edge_agent.gateway.upstream import Reply, UpstreamFailed, UpstreamRefused, Upstreams
 from skerry.wire import oip
 from skerry.wire.box import Route, RouteTable
@@ -93,12 +94,13 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Served:
-    """A deployment as this gateway serves it."""
+    """A deployment as this gateway serves it; ``shadow`` is asked besides, where there is one."""
 
-    def __init__(self, route: Route, pool: Pool, account: Account) -> None:
+    def __init__(self, route: Route, pool: Pool, account: Account, shadow: ShadowPool) -> None:
         self.route = route
         self.pool = pool
         self.account = account
+        self.shadow = shadow
 
 
 class _Request:
@@ -163,16 +165,19 @@ class Service:
         self._found.clear()
         wanted = {route.deployment: route for route in table.routes}
         for name in [name for name in self._served if name not in wanted]:
-            self._served.pop(name).pool.update(None)
+            gone = self._served.pop(name)
+            gone.pool.update(None)
+            gone.shadow.update(None)
         for name, route in wanted.items():
             account = self._ledger.account(name, route.model, route.version)
             held = self._served.get(name)
             if held is None:
                 pool = Pool(queue_limit=self._queue_limit, arena_bytes=self._arena_bytes, on_run=account.ran, on_shed=account.made_way)
-                held = self._served[name] = Served(route, pool, account)
+                held = self._served[name] = Served(route, pool, account, ShadowPool(self._samples))
             held.route, held.account = route, account
             held.pool.on_run, held.pool.on_shed = account.ran, account.made_way
             held.pool.update(route)
+            held.shadow.update(route)
         self._budgets.update({name: route.cloud_budget for name, route in wanted.items()})
         self._upstreams.keep({(upstream.node, name) for name, route in wanted.items() for upstream in route.upstreams})
 
@@ -209,6 +214,7 @@ class Service:
         """Once in a while: what no request would do."""
         for served in self._served.values():
             served.pool.sweep()
+            served.shadow.sweep()
             served.account.waiting = served.pool.waiting
             served.account.slots = served.pool.slots
         self._budgets.top_up()
@@ -230,6 +236,8 @@ class Service:
         except asyncio.CancelledError:
             account.cancelled(_ms_since(arrival.started))
             raise
+        if served.shadow.wants(arrival.request, is_own=answer.node == self._node):
+            served.shadow.ask(arrival.request, answer.outputs, account)
         return answer
 
     async def _answered(self, request: _Request) -> Answer:

@@ -37,6 +37,8 @@ def since(now: GatewayTotals, before: GatewayTotals | None) -> list[ServeSample]
                 failed=totals.failed - was.failed,
                 late=totals.late - was.late,
                 latency=latency.grown(totals.latency, was.latency),
+                compared=totals.compared - was.compared,
+                differed=totals.differed - was.differed,
             )
         )
     return samples
@@ -99,7 +101,7 @@ class Telemetry:
             cpu_ratio=round(psutil.cpu_percent(None) / 100, 4),
             memory_used_bytes=psutil.virtual_memory().used,
             gpus=await self._gpu_samples(),
-            serve=[sample for sample in serve if any((sample.latency, sample.refused, sample.failed, sample.late))],
+            serve=[sample for sample in serve if any((sample.latency, sample.refused, sample.failed, sample.late, sample.compared))],
             outbox_events=events,
             outbox_samples=samples,
         )

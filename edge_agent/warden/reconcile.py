@@ -277,7 +277,7 @@ class Reconciler:
         ready = [
             known
             for known in self._known.values()
-            if known.phase == "running" and known.ready and known.spec == wanted.get(known.spec.name)
+            if known.phase == "running" and known.ready and known.spec == wanted.get(known.spec.name) and not known.spec.is_shadow
         ]
         self._served.note([(known.spec, now - known.ready_since) for known in ready], self.desired)
         self._distrusted -= {known.spec.name for known in ready}

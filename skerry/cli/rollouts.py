@@ -116,17 +116,22 @@ def drawn(view: RolloutView, now_ms: float) -> Group:
         ProgressBar(total=max(1, view.total), completed=view.ready, width=BAR), f"{view.ready} of {view.total} {units} ready",
         f"{view.admitted} let in" + (f", {view.away} away" if view.away else ""),
     )  # fmt: skip
-    lines = []
+    lines = [Text.from_markup(f"  {_shadow(view, now_ms)}")] if view.is_shadow or view.compared else []
     for number, target in enumerate(view.targets, 1):
         if number < view.wave or view.phase == "done":
             said = "[green]good[/]"
-        elif number > view.wave or view.phase in OVER:
-            said = "[dim]not begun[/]" if number > view.wave else _state(view)
+        elif number > view.wave or view.phase in OVER or view.is_shadow:
+            said = "[dim]not begun[/]" if number > view.wave or view.is_shadow else _state(view)
         else:
             said = _present(view, now_ms)
         lines.append(Text.from_markup(f"  wave {number}: {target} of {view.total} {units}  {said}"))
     reason = [Text(f"  {view.reason}", style="red")] if view.reason else []
     return Group(head, bar, *lines, *reason)
+
+
+def _shadow(view: RolloutView, now_ms: float) -> str:
+    said = f"beside what serves: {view.compared} answers compared, {view.differed} were others"
+    return f"{said}  {_present(view, now_ms)}" if view.is_shadow else said
 
 
 def _present(view: RolloutView, now_ms: float) -> str:

@@ -257,7 +257,8 @@ class RolloutView(msgspec.Struct, frozen=True):
     """How a deployment's last change spreads, or spread. A *unit* is a box, or where replicas are counted a replica. ``targets`` counts
     the units that have the change after each wave, ``admitted`` those that were let in, ``ready`` those of them that run it, ``away`` those
     whose box is not there; ``wave_units`` names a hundred of the present wave's at the most. ``ready_since_ms`` is 0 while the present wave
-    is not ready; the next begins ``observe_ms`` after it. ``reason`` says why it was taken back."""
+    is not ready; the next begins ``observe_ms`` after it. ``reason`` says why it was taken back.
+    While ``is_shadow`` the first wave's boxes run it beside what serves; of ``compared`` answers ``differed`` were others."""
 
     deployment: str
     phase: RolloutPhase
@@ -280,6 +281,9 @@ class RolloutView(msgspec.Struct, frozen=True):
     observe_ms: int
     changed_at_ms: int
     reason: str = ""
+    is_shadow: bool = False
+    compared: int = 0
+    differed: int = 0
 
 
 SignatureState = Literal["none", "unchecked", "verified", "not_trusted"]

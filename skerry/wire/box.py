@@ -16,6 +16,7 @@ from skerry.wire.messages import (
     ModelRef,
     Reported,
     Rung,
+    Shadow,
     Software,
     SplitMode,
     Tier,
@@ -123,6 +124,9 @@ class Route(msgspec.Struct, frozen=True):
     upstreams: list[Upstream] = []
     batching: Batching = Batching()
     cloud_budget: CloudBudget | None = None
+    shadow: Shadow | None = None
+    shadows: list[LocalReplica] = []
+    """Whom to ask besides."""
 
 
 class RouteTable(msgspec.Struct, frozen=True):
@@ -145,6 +149,8 @@ class ServeTotals(msgspec.Struct, frozen=True):
     failed: int = 0
     late: int = 0
     latency: dict[int, int] = {}
+    compared: int = 0
+    differed: int = 0
 
 
 class Routed(msgspec.Struct, frozen=True):

@@ -140,6 +140,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     """How long the box goes on with it without a link to the broker; 0: for ever. Changing it restarts nothing."""
     replaces: str = ""
     """The box in whose place it runs here, where it is that of a box that was lost."""
+    is_shadow: bool = False
+    """Whether its answers are compared with the others', and given to nobody."""
 
 
 class Upstream(msgspec.Struct, frozen=True):
@@ -165,6 +167,20 @@ class Batching(msgspec.Struct, frozen=True):
     max_wait_us: Count = 0
 
 
+class Agreement(msgspec.Struct, frozen=True):
+    """When two answers to one request are the same (edge_agent/core/agreement.py)."""
+
+    by: Literal["values", "largest"] = "values"
+    tolerance: Ratio = 0.001
+
+
+class Shadow(msgspec.Struct, frozen=True):
+    """Of the requests that a box answers itself, a ``share`` is asked of its replicas that are ``is_shadow`` as well, after the answer."""
+
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    agreement: Agreement = Agreement()
+
+
 class RouteSpec(msgspec.Struct, frozen=True):
     """How requests for one deployment are answered on a box; changing it restarts nothing."""
 
@@ -176,6 +192,7 @@ class RouteSpec(msgspec.Struct, frozen=True):
     upstreams: list[Upstream] = []
     batching: Batching = Batching()
     cloud_budget: CloudBudget | None = None
+    shadow: Shadow | None = None
 
 
 MOST_ADDRESSES = 16
@@ -329,7 +346,8 @@ class LogsReply(msgspec.Struct, frozen=True):
 class ServeSample(msgspec.Struct, frozen=True):
     """One deployment's requests on one box in one sampling interval.
 
-    ``latency`` counts answers by bucket (skerry.wire.latency), so that quantiles can be taken over boxes and time.
+    ``compared`` counts answers beside which a shadow's was looked at, ``differed`` those of them that it did not agree with. ``latency``
+    counts answers by bucket (skerry.wire.latency), so that quantiles can be taken over boxes and time.
     """
 
     deployment: str
@@ -340,6 +358,8 @@ class ServeSample(msgspec.Struct, frozen=True):
     failed: Count = 0
     late: Count = 0
     latency: dict[Bucket, Count] = {}
+    compared: Count = 0
+    differed: Count = 0
 
 
 class GpuSample(msgspec.Struct, frozen=True):

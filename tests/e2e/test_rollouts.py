@@ -49,7 +49,7 @@ def slow() -> onnx.ModelProto:
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     with running() as world:
-        for version, model in ((1, scaling(2.0)), (2, scaling(3.0)), (4, slow())):
+        for version, model in ((1, scaling(2.0)), (2, scaling(3.0)), (4, slow()), (5, scaling(2.001))):
             onnx.save(model, folder / "m.onnx")
             world.push(folder / "m.onnx", "scale", version)
         # Its warm-up run can't work, so that no replica of it is ever ready.
@@ -167,6 +167,40 @@ def test_a_bad_change_is_stopped_at_the_first_box_taken_back_and_remembered(good
     wait_until(lambda: good.deployment("scale").model == "scale:1", 20, lambda: rollout(good))
 
 
+def test_answers_are_compared_beside_what_serves_before_anybody_gets_one(good):
+    more = ', shadow: {share: "100%", tolerance: 0.01}'
+    with Callers(good) as callers:
+        time.sleep(2)
+        before = versions(good)
+        done = deploy(good, spec("scale:2", observe="20s", more=more[2:]), "--wait", "--timeout", "60s")
+        assert done.returncode == 1, done.stdout
+        assert "answers were others than those of what serves now" in done.stderr.decode()
+        view = rollout(good)
+        assert (view.phase, view.admitted) == ("failed", 0)
+        assert 0 < view.compared == view.differed
+        good.wait_ready("scale")
+        assert {name for name, answers in callers.answers.items() if set(answers) - {2.0}} == set(), "nobody ever had one"
+        assert versions(good) == before, "nothing that serves was started anew"
+        done = deploy(good, spec("scale:5", observe="4s", more=more[2:]), "--wait", "--timeout", "60s")
+        assert done.returncode == 0, done.stderr
+    assert callers.wrong == []
+    view = rollout(good)
+    assert (view.phase, view.ready, view.differed) == ("done", view.total, 0)
+    assert view.compared >= 20
+    told = kinds(good)
+    assert told[-7:] == [
+        "rollout.shadow",
+        "rollout.ready",
+        "rollout.wave",
+        "rollout.ready",
+        "rollout.wave",
+        "rollout.ready",
+        "rollout.done",
+    ]
+    assert not any(replica.name == "scale-shadow" for node in good.nodes() for replica in node.replicas)
+    assert "beside what serves: " in good.cli("rollout", "show", "scale").stdout.decode()
+
+
 def test_an_operator_pauses_approves_and_aborts(good):
     assert deploy(good, spec("scale:2", observe="1s", more="approve: true")).returncode == 0
     wait_until(lambda: rollout(good).phase == "waiting", 30, lambda: rollout(good))
@@ -240,6 +274,8 @@ def test_without_a_rollout_a_change_comes_at_once_and_the_first_deployment_does_
         ("observe: soon", "rollout.observe"),
         ("max_failed: 0", "rollout.max_failed"),
         ("wave: [1]", "rollout"),
+        ("shadow: {share: 0%}", "rollout.shadow.share"),
+        ("shadow: {by: ear}", "rollout.shadow.by"),
     ],
 )
 def test_rules_that_are_wrong_are_refused_by_name(world, rules, words):

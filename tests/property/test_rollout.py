@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from coordinator.core import rollout, sequential
 from coordinator.core.rollout import Baseline, Counts, Rules, State, Unit
+from skerry.wire.messages import Shadow
 
 NONE = Counts()
 
@@ -223,3 +224,56 @@ def test_a_share_that_is_not_borne_is_found_out(share, within):
 def test_more_that_are_bad_are_never_weaker_evidence(bad, good, most):
     assert sequential.evidence(bad + 1, bad + good + 1, most) >= sequential.evidence(bad, bad + good + 1, most) - 1e-9
     assert sequential.evidence(0, good, most) <= 1e-9
+
+
+COMPARED = rollout.Compared(Shadow(0.1), most_differing=0.02)
+
+
+@settings(max_examples=200)
+@given(st.data(), rules())
+def test_nobody_has_a_change_before_its_answers_were_compared_for_as_long_as_was_asked(data, given_rules):
+    given_rules = msgspec.structs.replace(given_rules, compared=COMPARED)
+    seen = data.draw(units())
+    now_ms = 1_000_000
+    state = rollout.begin(given_rules, seen, Baseline(), seed="s", now_ms=now_ms, can_compare=True)
+    assert state.admitted == frozenset()
+    assert bool(state.shadowing) == bool(seen)
+    past = Past()
+    for _ in range(data.draw(st.integers(3, 20))):
+        now_ms += data.draw(st.sampled_from([0, 500, 1000, 4000]))
+        if seen and data.draw(st.booleans()):
+            seen = {**seen, data.draw(st.sampled_from(sorted(seen))): data.draw(unit())}
+        compared = data.draw(st.integers(0, 2000))
+        counts = Counts(compared=compared, differed=data.draw(st.integers(0, compared // 25)))
+        before = state
+        if state.waves and not state.is_over:
+            past.see(state, seen, given_rules, now_ms)
+        state = rollout.step(state, given_rules, seen, counts, seed="s", now_ms=now_ms)
+        assert not (state.admitted and state.shadowing)
+        if state.admitted and not before.admitted:
+            assert state.admitted == before.shadowing, "the same units, and no others"
+            assert past.since_ms is not None
+            assert now_ms - past.since_ms >= given_rules.observe_ms
+            assert state.ready_since_ms == 0, "now it is watched anew, serving"
+            break
+
+
+def test_answers_that_differ_more_often_than_is_borne_end_it_before_anybody_had_one():
+    seen = {"a": Unit(True, ready=True), "b": Unit(True, ready=True)}
+    given_rules = Rules([1], observe_ms=10_000, compared=COMPARED)
+    state = rollout.begin(given_rules, seen, Baseline(), seed="s", now_ms=0, can_compare=True)
+    state = rollout.step(state, given_rules, seen, Counts(compared=400, differed=60), seed="s", now_ms=1000)
+    assert (state.phase, state.admitted) == ("failed", frozenset())
+    assert "60 of 400 answers were others" in state.reason
+    assert state.shadowing == frozenset(), "what is over is asked no more"
+    fine = rollout.begin(given_rules, seen, Baseline(), seed="s", now_ms=0, can_compare=True)
+    fine = rollout.step(fine, given_rules, seen, Counts(compared=400, differed=8), seed="s", now_ms=1000)
+    assert fine.phase == "rolling"
+
+
+def test_what_can_not_be_compared_is_not_waited_for():
+    seen = {"a": Unit(True, ready=True)}
+    given_rules = Rules([1], observe_ms=0, compared=COMPARED)
+    assert rollout.begin(given_rules, seen, Baseline(), seed="s", now_ms=0, can_compare=False).admitted == {"a"}
+    plain = Rules([1], observe_ms=0)
+    assert rollout.begin(plain, seen, Baseline(), seed="s", now_ms=0, can_compare=True).admitted == {"a"}

@@ -4,8 +4,10 @@ import msgspec
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from coordinator.core.planner import Wanted, plan
-from skerry.wire.messages import ModelRef
+from coordinator.core.deployment import parse
+from coordinator.core.planner import Node, Wanted, plan, unfit
+from coordinator.core.rollout import Compared, Rules
+from skerry.wire.messages import ModelRef, Shadow
 from tests.property.test_planner import nodes, wants
 
 
@@ -64,3 +66,61 @@ def test_each_unit_has_one_of_the_two_and_its_own(change, data):
     placed = {(placement.node, placement.replica) for placement in made.outcomes["a"].placements}
     assert placed == {(node, replica.name) for node, box in made.boxes.items() for replica in box.replicas}
     assert not {refusal.node for refusal in made.outcomes["a"].refusals} & {node for node, _ in placed} or not is_counted
+
+
+@given(changes(), st.data())
+def test_a_shadow_runs_beside_what_serves_where_there_is_room_and_changes_nothing_else(change, data):
+    boxes, old, new, before, names = change
+    shadowing = set(data.draw(st.lists(st.sampled_from(names), unique=True))) if names else set()
+    asked = Compared(Shadow(0.5))
+    new = msgspec.structs.replace(new, spec=msgspec.structs.replace(new.spec, rollout=Rules([1], compared=asked)))
+    plain = plan(boxes, [staged(old, new, set())], before)
+    made = plan(boxes, [msgspec.structs.replace(staged(old, new, set()), shadowing=frozenset(shadowing))], before)
+    assert made.outcomes == plain.outcomes
+    is_counted = new.spec.replicas.count is not None
+    for node, box in made.boxes.items():
+        shadows = [replica for replica in box.replicas if replica.is_shadow]
+        assert [replica for replica in box.replicas if not replica.is_shadow] == plain.boxes[node].replicas
+        assert [msgspec.structs.replace(route, shadow=None) for route in box.routes] == plain.boxes[node].routes
+        assert [route.shadow for route in box.routes if route.shadow] == [asked.shadow] * len(shadows)
+        units = {placement.replica if is_counted else node for placement in plain.outcomes["a"].placements if placement.node == node}
+        assert len(shadows) <= bool(units & shadowing)
+        taken = sum(replica.memory_bytes for replica in box.replicas)
+        here = next(one for one in boxes if one.id == node)
+        assert taken <= here.memory_bytes * 0.8
+        for shadow in shadows:
+            assert (shadow.model.sha256, shadow.name, shadow.generation) == ("new", "a-shadow", 8)
+            assert not unfit(here, new.spec)
+        if units & shadowing and not shadows and not unfit(here, new.spec):
+            gpu = sum(replica.gpu_memory_bytes for replica in box.replicas)
+            has_memory = taken + new.spec.memory_bytes <= here.memory_bytes * 0.8
+            assert not (has_memory and gpu + new.spec.gpu_memory_bytes <= here.gpu_memory_bytes), "there was room"
+
+
+@given(st.data())
+def test_shadows_of_several_changes_share_what_room_there_is(data):
+    """Boxes and deployments that differ in size alone."""
+    sizes = st.sampled_from([4, 5, 8, 10, 20])
+    boxes = [Node(f"n{n}", "edge", {}, f"http://n{n}", True, data.draw(sizes), 0, ["process"]) for n in range(3)]
+    rules = Rules([1], compared=Compared(Shadow(0.5)))
+    wanted = []
+    for name in "ab":
+        old = wants_of(name, data.draw(st.sampled_from([1, 2, 3])), 1, None)
+        new = wants_of(name, data.draw(st.sampled_from([1, 2, 3])), 2, rules)
+        wanted.append(msgspec.structs.replace(staged(old, new, set()), shadowing=frozenset({"n0", "n1", "n2"})))
+    made = plan(boxes, wanted, {})
+    for box in boxes:
+        replicas = made.boxes[box.id].replicas
+        taken = sum(replica.memory_bytes for replica in replicas)
+        assert taken <= box.memory_bytes * 0.8
+        for want in wanted:
+            serves = any(replica.deployment == want.spec.name and not replica.is_shadow for replica in replicas)
+            has_shadow = any(replica.deployment == want.spec.name and replica.is_shadow for replica in replicas)
+            assert serves or not has_shadow
+            assert has_shadow or not serves or taken + want.spec.memory_bytes > box.memory_bytes * 0.8, "there was room"
+
+
+def wants_of(name: str, memory_bytes: int, version: int, rules: Rules | None) -> Wanted:
+    text = f"name: {name}\nmodel: m:{version}\nreplicas: {{per_node: 1}}\nresources: {{memory: 256MiB}}\nslo: {{deadline_ms: 50}}\n"
+    spec = msgspec.structs.replace(parse(text), memory_bytes=memory_bytes, rollout=rules)
+    return Wanted(spec, version, ModelRef("m", version, f"v{version}", 1))

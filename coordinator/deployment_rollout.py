@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core import planner, rollout
+from coordinator.core import fit, planner, rollout
 from coordinator.core.liveness import Ear
 from coordinator.core.rollout import Baseline, Counts, Rules, State, Unit
 from coordinator.plan_loop import node_of
@@ -58,7 +58,7 @@ class World:
         ear: Ear = nodes.read_ear(tables)
         self.desired: Mapping[str, Desired] = nodes.read_desired(tables)
         self.outcomes = deployments.read_outcomes(tables)
-        self.boxes: dict[str, planner.Node] = {}
+        self.boxes: dict[str, fit.Node] = {}
         self.reports: dict[str, dict[str, ReplicaReport]] = {}
         self.refused: dict[str, str] = {}
         for stored in nodes.read_nodes(tables):
@@ -84,8 +84,8 @@ def units_of(held: Rollout, world: World, asked: Mapping[str, int]) -> dict[str,
         names = [f"{new.name}-{index}" for index in range(max(old.replicas.count or 0, new.replicas.count or 0))]
         gone = set(names[new.replicas.count or 0 :])
     else:
-        names = [name for name, box in world.boxes.items() if not planner.unfit(box, old) or not planner.unfit(box, new)]
-        gone = {name for name in names if planner.unfit(world.boxes[name], new)}
+        names = [name for name, box in world.boxes.items() if not fit.unfit(box, old) or not fit.unfit(box, new)]
+        gone = {name for name in names if fit.unfit(world.boxes[name], new)}
     reasons = {refusal.node: refusal.reason for refusal in outcome.refusals}
     return {
         name: _unit(placed.get(name, []), world, asked, is_planned=is_planned, is_gone=name in gone,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core import planner, software
+from coordinator.core import fit, planner, software
 from coordinator.core.deployment import Deployment
 from coordinator.core.liveness import Ear, counts_again_at_ms
 from coordinator.news import News
@@ -44,9 +44,7 @@ ENVELOPE_BYTES = 512
 """What signing adds to a document."""
 
 
-def node_of(
-    stored: nodes.Node, enrolment: identity.Enrolment | None, ear: Ear, drained: nodes.Drained | None = None
-) -> planner.Node | None:
+def node_of(stored: nodes.Node, enrolment: identity.Enrolment | None, ear: Ear, drained: nodes.Drained | None = None) -> fit.Node | None:
     """A box as the planner sees it; None for one that has not said what it is, and for one that was thrown out.
 
     The tier and labels that it was enrolled with stand above those that it says.
@@ -54,7 +52,7 @@ def node_of(
     if stored.birth is None or (enrolment is not None and enrolment.revoked_at_ms):
         return None
     birth = stored.birth
-    return planner.Node(
+    return fit.Node(
         id=stored.id,
         tier=enrolment.tier if enrolment else birth.tier,
         labels=birth.labels | (enrolment.labels if enrolment else {}),
@@ -72,7 +70,7 @@ def node_of(
 
 def _boxes(
     stored_nodes: list[nodes.Node], enrolled: Mapping[str, identity.Enrolment], ear: Ear, drained: Mapping[str, nodes.Drained]
-) -> list[planner.Node]:
+) -> list[fit.Node]:
     seen = (node_of(stored, enrolled.get(stored.id), ear, drained.get(stored.id)) for stored in stored_nodes)
     return [box for box in seen if box is not None]
 

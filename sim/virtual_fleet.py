@@ -13,8 +13,9 @@ import msgspec
 from sqlite_utils import Database
 
 from coordinator.core.deployment import Deployment, Policy, Replicas
+from coordinator.core.fit import Node
 from coordinator.core.liveness import Contact, Ear, counts_again_at_ms
-from coordinator.core.planner import BoxPlan, Node, Wanted, is_doubled, plan
+from coordinator.core.planner import BoxPlan, Wanted, is_doubled, plan
 from coordinator.registry import events
 from coordinator.registry.migrations import migrate
 from sim.checker import BoxState, Kept, Request

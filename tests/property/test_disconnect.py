@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.deployment import Deployment, Policy, Replicas
+from coordinator.core.fit import Node
 from coordinator.core.liveness import STEADY_MS, Contact, Ear
 from coordinator.core.outlook import outlook
-from coordinator.core.planner import BoxPlan, Node, Plan, Wanted, is_doubled, plan
+from coordinator.core.planner import BoxPlan, Plan, Wanted, is_doubled, plan
 from edge_agent.core.cut_off import keep_every_s, stopped
 from skerry.wire.messages import ModelRef, ReplicaSpec
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.deployment import Deployment, Replicas
-from coordinator.core.planner import BoxPlan, Node, Wanted, plan
+from coordinator.core.fit import Node
+from coordinator.core.planner import BoxPlan, Wanted, plan
 from skerry.wire.messages import ModelRef
 
 MODEL = ModelRef("m", 1, "digest", 1)

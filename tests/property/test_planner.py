@@ -5,7 +5,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.deployment import Deployment, Replicas
-from coordinator.core.planner import MAX_PEERS, BoxPlan, Node, Plan, Wanted, plan
+from coordinator.core.fit import Node
+from coordinator.core.planner import MAX_PEERS, BoxPlan, Plan, Wanted, plan
 from skerry.wire.messages import Batching, CloudBudget, ModelRef, Server
 
 STRENGTH = {"process": 0, "container": 1, "gvisor": 2, "microvm": 3}

@@ -5,7 +5,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from coordinator.core.deployment import parse
-from coordinator.core.planner import Node, Wanted, plan, unfit
+from coordinator.core.fit import Node, unfit
+from coordinator.core.planner import Wanted, plan
 from coordinator.core.rollout import Compared, Rules
 from skerry.wire.messages import ModelRef, Shadow
 from tests.property.test_planner import nodes, wants

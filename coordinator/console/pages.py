@@ -7,10 +7,11 @@ from typing import Any
 
 from aiohttp import web
 
-from coordinator.api import rollouts
+from coordinator.api import releases, rollouts
 from coordinator.console.rendering import is_fragment, missing, page
 from coordinator.console.verdict import judge
 from coordinator.console.wording import Mark, ready_mark
+from coordinator.core.rollout import OVER
 from coordinator.registry.database import Database
 from coordinator.views import Views
 from skerry.wire import codec
@@ -95,6 +96,12 @@ class Pages:
     async def models(self, request: web.Request) -> web.StreamResponse:
         """Every model version."""
         return page(request, "models.html", {"models": await self._views.models()})
+
+    async def rollouts(self, request: web.Request) -> web.StreamResponse:
+        """What spreads in waves, or did last: the box software, and changes of deployments, those that go on first."""
+        software, found = await self._database.read(lambda tables: (releases.view(tables), rollouts.views(tables)))
+        found.sort(key=lambda view: (view.phase in OVER, -view.changed_at_ms))
+        return page(request, "rollouts.html", {"software": software, "rollouts": found})
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """What happened, newest first; ``node`` and ``subject`` in the address narrow it down."""

@@ -53,6 +53,7 @@ def attach(
             web.get("/nodes/{id}", see(pages.node)),
             web.get("/deployments/{name}", see(pages.deployment)),
             web.get("/models", see(pages.models)),
+            web.get("/rollouts", see(pages.rollouts)),
             web.get("/events", see(pages.events)),
             web.get("/account", see(people.account)),
             web.post("/account/password", do(people.change_password)),

@@ -177,7 +177,16 @@ def test_the_overview_shows_boxes_and_a_new_deployment_without_a_reload(visitor,
 def test_every_page_loads_fits_its_width_and_asks_nobody_else(visitor, world):
     page = visitor.log_in()
     world.deploy("name: shown\nmodel: scale:1\nplace: {labels: {site: store-1}}\nresources: {memory: 64MiB}\n")
-    for path in ("/", "/nodes", "/nodes/store-1", "/deployments/shown", "/models", "/events", "/events?node=store-1&subject=shown"):
+    for path in (
+        "/",
+        "/nodes",
+        "/nodes/store-1",
+        "/deployments/shown",
+        "/models",
+        "/rollouts",
+        "/events",
+        "/events?node=store-1&subject=shown",
+    ):
         answer = page.goto(world.fleet.url + path)
         assert answer.status == 200
         policy = answer.headers["content-security-policy"]
@@ -195,6 +204,24 @@ def test_every_page_loads_fits_its_width_and_asks_nobody_else(visitor, world):
         assert page.goto(world.fleet.url + path).status == 404
         expect(page.locator("main")).to_contain_text(word)
         expect(page.get_by_role("link", name="Back to the overview")).to_be_visible()
+
+
+def test_what_spreads_is_followed_on_the_page_of_rollouts_without_a_reload(visitor, world):
+    visitor.log_in()
+    text = "name: spreads\nmodel: scale:1\nplace: {tier: [edge]}\nresources: {memory: SIZE}\nrollout: {waves: [1, '100%'], observe: 2s}\n"
+    world.deploy(text.replace("SIZE", "64MiB"))
+    world.wait_ready("spreads")
+    page = visitor.open("/rollouts")
+    page.evaluate("window.stillHere = true")
+    expect(page.locator("main")).to_contain_text("each box keeps what it has")
+    world.deploy(text.replace("SIZE", "72MiB"))
+    panel = page.get_by_role("region", name="spreads")
+    expect(panel).to_contain_text("spreading", timeout=LIVE_MS)
+    expect(panel).to_contain_text("Wave 1, 1 of ")
+    expect(panel).to_contain_text("done", timeout=3 * LIVE_MS)
+    assert page.evaluate("window.stillHere")
+    world.api.call("DELETE", "/v1/deployments/spreads", object)
+    assert visitor.complaints == []
 
 
 def test_a_hostile_label_or_filter_is_text(visitor):

@@ -20,7 +20,20 @@ from tests.e2e.world import wait_until
 PASSWORD = "seven red lighthouses"
 OPEN = {("GET", "/v1/ca"), ("POST", "/v1/enroll"), ("POST", "/v1/renew"), ("POST", "/v1/login")}
 OWN = {("POST", "/v1/login-links"), ("POST", "/v1/tokens"), ("DELETE", "/v1/tokens/{id}")}
-PAGES = ("/", "/nodes", "/nodes/x", "/deployments/x", "/models", "/events", "/account", "/users", "/audit", "/nowhere", "/openapi.json")
+PAGES = (
+    "/",
+    "/nodes",
+    "/nodes/x",
+    "/deployments/x",
+    "/models",
+    "/rollouts",
+    "/events",
+    "/account",
+    "/users",
+    "/audit",
+    "/nowhere",
+    "/openapi.json",
+)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

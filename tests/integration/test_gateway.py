@@ -273,7 +273,8 @@ def test_a_cloud_that_is_gone_or_overloaded_is_left_alone_for_a_while(tmp_path):
     async def scene():
         async with fleet(tmp_path) as (here, cloud, session):
             await here.serve(cloud, split="cloud")
-            assert (await ask(session, here))[2]["Skerry-Served-By"] == "cloud"
+            by = [(await ask(session, here))[2]["Skerry-Served-By"] for _ in range(5)]
+            assert "cloud" in by, "one that is held up for a moment is answered here as well, and first"
             cloud.service.update(RouteTable())  # it does not know the deployment yet, or no longer
             status, _, headers, _ = await ask(session, here)
             assert (status, headers["Skerry-Served-By"]) == (200, "edge")

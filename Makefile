@@ -75,7 +75,7 @@ sbom: setup ## the bill of materials of what boxes and coordinators install, bui
 fuzz: $(VENV)/.fuzz-installed ## every decoder under a fuzzer that is guided by coverage; FUZZ_SECONDS=60 for each, FUZZ_ONLY="gRPC"
 	@$(BIN)/python -m tests.fuzz.atheris_run --seconds "$(FUZZ_SECONDS)" --only "$(FUZZ_ONLY)"
 
-test-boxes: setup ## as root: boxes that boot, installed by Ansible, upgraded, given bad releases (needs systemd-nspawn and mmdebstrap)
+test-boxes: setup ## as root: boxes that boot, installed by Ansible, upgraded, given bad releases (needs systemd-nspawn and mmdebstrap); of another Debian: SKERRY_BOXES_SUITE=trixie
 	@SKERRY_REQUIRE=all SKERRY_BOXES=1 $(BIN)/python -m pytest tests/boxes $(BOXES_OPTIONS)
 
 CHAOS_SEED ?= 1

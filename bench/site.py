@@ -3,12 +3,13 @@
 ``python -m bench.site [--boxes N]``, as root, with systemd-nspawn and mmdebstrap
 
 First the coordinator's machine and one box, then all others in the usual waves (1, 10 %, 50 %, 100 %), each from a bare Debian; then a
-model on all of them; then the next release, while every box is asked ten times a second. The machines share this one's processors: a
+model on all of them; then the next release, while every box is asked ten times a second; then one more, which the coordinator sends and
+the boxes install themselves, in the same waves, each watched for ten seconds. The machines share this one's processors: a
 good part of the time is that of unpacking a release, once for each of them.
 """
 
 import argparse
-import subprocess
+import json
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ import onnx
 
 from bench.report import report
 from tests.boxes import root
-from tests.boxes.fleet import REPO, Load, Operator, Play, release
+from tests.boxes.fleet import Load, Operator, Play, fetch_wheels, release
 from tests.boxes.machine import Ground
 from tests.conftest import scaling
 
@@ -26,12 +27,11 @@ WAVES = '{"skerry_waves": [1, "10%", "50%", "100%"]}'
 
 
 def releases(folder: Path) -> Path:
-    """Two of them, out of the locked wheels."""
+    """Three of them, out of the locked wheels."""
     wheels, made = folder / "wheels", folder / "releases"
     made.mkdir()
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:"]
-    subprocess.run([*pip, "-r", REPO / "requirements/box.txt", "-d", wheels], check=True, capture_output=True, timeout=600)
-    for version in ("0.1.0", "0.2.0"):
+    fetch_wheels(wheels)
+    for version in ("0.1.0", "0.2.0", "0.3.0"):
         release(version, made, wheels)
     return made
 
@@ -60,6 +60,14 @@ def measure(folder: Path, boxes: int) -> dict[str, object]:
         deployed_s = time.monotonic() - began
         with Load(ground, fleet) as load:
             upgraded_s = went_well(operator.play("upgrade", "-e", WAVES, version="0.2.0"))
+        operator.push("0.3.0")
+        with Load(ground, fleet) as own:
+            began = time.monotonic()
+            operator.roll_out("0.3.0", observe="10s", waves=json.loads(WAVES)["skerry_waves"])
+            operator.until(lambda: operator.software()["rollout"]["phase"] != "rolling", within_s=1800)
+            own_s = time.monotonic() - began
+        if (ended := operator.software())["versions"] != {"0.3.0": boxes}:
+            raise RuntimeError(str(ended))
     return {
         "boxes": boxes,
         "booted_s": round(booted_s, 1),
@@ -71,6 +79,10 @@ def measure(folder: Path, boxes: int) -> dict[str, object]:
         "requests": sum(load.answered.values()),
         "lost": len(load.failed),
         "slowest_ms": round(load.slowest_ms),
+        "own_update_s": round(own_s, 1),
+        "own_requests": sum(own.answered.values()),
+        "own_lost": len(own.failed),
+        "own_slowest_ms": round(own.slowest_ms),
     }
 
 

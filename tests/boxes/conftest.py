@@ -2,16 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.boxes import root
-from tests.boxes.fleet import REPO, Operator, release
+from tests.boxes.fleet import Operator, fetch_wheels, release
 from tests.boxes.machine import Ground
 from tests.conftest import need
 
@@ -39,26 +36,13 @@ def releases(tmp_path_factory) -> Path:
     need("boxes that boot", wanted, is_optional=True)
     need("boxes that boot", root.missing())
     wheels, folder = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("releases")
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:"]
-    subprocess.run([*pip, "-r", REPO / "requirements/box.txt", "-d", wheels], check=True, capture_output=True, timeout=600)
+    fetch_wheels(wheels)
     for version, patches in (
         ("0.1.0", {}), ("0.2.0", {}), ("0.3.0", NOT_STARTING), ("0.3.1", SLOW), ("0.3.2", STARTS_ELSEWHERE),
         ("0.3.3", ENDS), ("0.4.0", {}),
     ):  # fmt: skip
         release(version, folder, wheels, **patches)
-    command_line(skerry_program(), "release", "keygen", "--key", folder / "releases.key")
-    for path in folder.glob("skerry-*.tar"):
-        command_line(skerry_program(), "release", "sign", path, "--key", folder / "releases.key")
     return folder
-
-
-def command_line(*words: Path | str) -> None:
-    subprocess.run(words, check=True, capture_output=True, timeout=60)
-
-
-def skerry_program() -> Path:
-    """The command line."""
-    return Path(sysconfig.get_path("scripts")) / "skerry"
 
 
 @pytest.fixture(scope="session")

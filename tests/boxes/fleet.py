@@ -7,18 +7,21 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from tests.boxes import root
 from tests.boxes.machine import Ground, Machine
 
 REPO = Path(__file__).resolve().parents[2]
 ANSIBLE = REPO / "ansible"
 PLAY_WITHIN_S = 900
 FLEET = "shops"
+KEY = "releases.key"
+"""Beside the releases: who vouches for them."""
 # As in the collection's ansible.cfg, with less patience.
 SSH_ARGUMENTS = "-o ControlMaster=auto -o ControlPersist=60s -o ConnectTimeout=3 -o ServerAliveInterval=2 -o ServerAliveCountMax=2"
 INFER = "/v2/models/scale/infer"
@@ -58,7 +61,7 @@ class Operator:
             "ansible_user": "root", "ansible_ssh_common_args": ssh, "skerry_fleet": FLEET, "skerry_release_dir": str(self.releases),
             "skerry_broker_host": self.hub.name, "skerry_coordinator_url": f"https://{self.hub.name}:8443", "coordinator_soak": 2,
             "edge_agent_soak": 10, "edge_agent_least_requests": 20, "edge_agent_agent_settings": {"sample_every_s": 1},
-            "skerry_waves": [1, "100%"], "skerry_release_keys": (self.releases / "releases.key.pub").read_text(),
+            "skerry_waves": [1, "100%"], "skerry_release_keys": (self.releases / f"{KEY}.pub").read_text(),
             "edge_agent_updater_settings": {"observe_s": 8, "trial_s": 90},
         }  # fmt: skip
         groups = {"coordinator": {"hosts": {self.hub.name: {}}}, "broker": {"hosts": {self.hub.name: {}}}, "edge": edge}
@@ -111,9 +114,13 @@ class Operator:
         pushed = self.api("PUT", "/v1/releases", path.read_bytes(), media="application/octet-stream")
         self.api("PUT", f"/v1/releases/{pushed['sha256']}/signature", path.with_name(f"{path.name}.sig").read_bytes())
 
-    def roll_out(self, version: str, *, observe: str) -> None:
-        """Have every box run it: one, then all."""
-        rules = {"waves": [1, "100%"], "observe": observe, "deadline": "5m"}
+    def software(self) -> Any:
+        """Which release the boxes are to run, and which they run."""
+        return self.api("GET", "/v1/software")
+
+    def roll_out(self, version: str, *, observe: str, waves: Sequence[int | str] = (1, "100%")) -> None:
+        """Have every box run it."""
+        rules = {"waves": list(waves), "observe": observe, "deadline": "5m"}
         self.api("PUT", "/v1/software", json.dumps({"version": version, "rollout": rules}).encode())
 
     def ready(self) -> int:
@@ -156,8 +163,15 @@ def _recap(text: str) -> dict[str, dict[str, int]]:
     return found
 
 
+def fetch_wheels(folder: Path) -> None:
+    """Those of the lock file, for the boxes' Python."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:"]
+    python = ["--python-version", root.PYTHONS[root.suite()]]
+    subprocess.run([*pip, *python, "-r", REPO / "requirements/box.txt", "-d", folder], check=True, capture_output=True, timeout=600)
+
+
 def release(version: str, folder: Path, wheels: Path, **patches: str) -> Path:
-    """Make a release of this checkout under another version; ``patches`` are lines that are put at the head of a module's own."""
+    """Make a release of this checkout under another version, and sign it; ``patches`` are changes of modules, as OLD=>NEW."""
     tree = folder / f"tree-{version}"
     shutil.copytree(
         REPO,
@@ -196,7 +210,11 @@ def release(version: str, folder: Path, wheels: Path, **patches: str) -> Path:
     out = folder / f"skerry-{version}.tar"
     skerry = Path(sysconfig.get_path("scripts")) / "skerry"
     words = [skerry, "release", "build", "--wheels", made, "--requirements", REPO / "requirements/box.txt", "--out", out]
-    subprocess.run(words, check=True, timeout=300, capture_output=True)
+    subprocess.run([*words, "--python", root.PYTHONS[root.suite()]], check=True, timeout=300, capture_output=True)
+    key = folder / KEY
+    if not key.exists():
+        subprocess.run([skerry, "release", "keygen", "--key", key], check=True, timeout=60, capture_output=True)
+    subprocess.run([skerry, "release", "sign", out, "--key", key], check=True, timeout=60, capture_output=True)
     shutil.rmtree(tree)
     shutil.rmtree(made)
     return out

@@ -21,6 +21,14 @@ PROC = "[Mount]\nWhat=proc\nWhere=/run/whole-proc\nType=proc\n[Install]\nWantedB
 # sshd looks a client up in a DNS that is not there for eight seconds.
 SSHD = "UseDNS no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
 BUILT_WITHIN_S = 600
+PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
+"""By the distribution's name; releases are made for the one that boxes have."""
+
+
+def suite() -> str:
+    """Which Debian the boxes are: ``SKERRY_BOXES_SUITE``, else this machine's own."""
+    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    return os.environ.get("SKERRY_BOXES_SUITE") or release.get("VERSION_CODENAME", "").strip('"')
 
 
 def missing() -> str:
@@ -28,17 +36,19 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "booting boxes needs root"
     lacking = [name for name in ("systemd-nspawn", "mmdebstrap", "ip", "ssh") if shutil.which(name) is None]
+    if suite() not in PYTHONS:
+        return f"boxes of {suite() or 'another system'} were never tried: SKERRY_BOXES_SUITE may be {', '.join(PYTHONS)}"
     return f"{', '.join(lacking)}: not installed" if lacking else ""
 
 
 def cached() -> Path:
     """The folder, made now where there is none of this week: security updates come by then."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skerry-boxes"
-    mark = hashlib.sha256(Path(__file__).read_bytes() + time.strftime("%G-%V").encode()).hexdigest()[:16]
+    mark = f"{suite()}-{hashlib.sha256(Path(__file__).read_bytes() + time.strftime('%G-%V').encode()).hexdigest()[:16]}"
     kept = folder / mark
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
+        for old in folder.glob(f"{suite()}-*"):
             shutil.rmtree(old, ignore_errors=True)
         staging = folder / f"{mark}.{os.getpid()}"
         _build(staging)
@@ -47,12 +57,11 @@ def cached() -> Path:
 
 
 def _build(folder: Path) -> None:
-    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     options = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in LEFT_OUT]
     # fmt: off
     words = [
         "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", '--aptopt=Acquire::Languages "none"',
-        "--dpkgopt=force-unsafe-io", *options, release["VERSION_CODENAME"].strip('"'), str(folder), *_mirror(),
+        "--dpkgopt=force-unsafe-io", *options, suite(), str(folder), *_mirror(),
     ]
     # fmt: on
     subprocess.run(words, check=True, timeout=BUILT_WITHIN_S, capture_output=True)

@@ -22,18 +22,14 @@ def boxes(operator: Operator, scale_model) -> list[Machine]:
     return [box for box in operator.boxes if box.name in online]
 
 
-def software(operator: Operator) -> dict[str, Any]:
-    return operator.api("GET", "/v1/software")
-
-
 def over(operator: Operator, within_s: float = 240) -> dict[str, Any]:
     """How it ended."""
-    operator.until(lambda: software(operator)["rollout"]["phase"] not in ("rolling", "waiting"), within_s=within_s)
-    return software(operator)["rollout"]
+    operator.until(lambda: operator.software()["rollout"]["phase"] not in ("rolling", "waiting"), within_s=within_s)
+    return operator.software()["rollout"]
 
 
 def all_run(operator: Operator, boxes: list[Machine], version: str) -> None:
-    operator.until(lambda: software(operator)["versions"].get(version, 0) >= len(boxes), within_s=120)
+    operator.until(lambda: operator.software()["versions"].get(version, 0) >= len(boxes), within_s=120)
     for box in boxes:
         operator.until(lambda box=box: box.run("readlink", "/opt/skerry/current", "/opt/skerry/proven").stdout.split() == [version] * 2)
 
@@ -82,7 +78,7 @@ def test_a_release_that_answers_slowly_is_good_to_the_box_and_not_to_the_coordin
         time.sleep(20)  # so that it is known how long answers take
         operator.roll_out("0.3.1", observe="25s")
         ended = over(operator)
-        operator.until(lambda: software(operator)["versions"].get("0.4.0", 0) >= len(boxes), within_s=120)
+        operator.until(lambda: operator.software()["versions"].get("0.4.0", 0) >= len(boxes), within_s=120)
     assert ended["phase"] == "failed"
     assert "answers were slow" in ended["reason"]
     assert ended["admitted"] == 1

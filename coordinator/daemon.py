@@ -15,6 +15,7 @@ from coordinator.accounts.entry import Entry
 from coordinator.accounts.passwords import Passwords
 from coordinator.accounts.provider import Provider
 from coordinator.api import accounts as account_calls
+from coordinator.api import deployments as deployment_calls
 from coordinator.api import draining as drain_calls
 from coordinator.api import enrolment as enrolment_calls
 from coordinator.api import recovery as recovery_calls
@@ -24,6 +25,7 @@ from coordinator.api.access import Access
 from coordinator.api.accounts import AccountCalls
 from coordinator.api.answers import Handler, json_answer, problems, refuse
 from coordinator.api.calls import CALLS, Call, Calls
+from coordinator.api.deployments import DeploymentCalls
 from coordinator.api.draining import DrainCalls
 from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.openapi import document
@@ -168,6 +170,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
     )
     parts: list[tuple[Sequence[Call], Handlers]] = [
         (CALLS, calls),
+        (deployment_calls.CALLS, DeploymentCalls(database, views, vouching, access, news, replan=deployed)),
         (enrolment_calls.CALLS, EnrolmentCalls(enrolment, access)),
         (account_calls.CALLS, AccountCalls(database, changes, entry, access, public_url=config.public_url)),
         (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake)),

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core import fit, planner, software
+from coordinator.core import fit, foresight, planner, software
 from coordinator.core.deployment import Deployment
+from coordinator.core.foresight import Foreseen
 from coordinator.core.liveness import Ear, counts_again_at_ms
 from coordinator.news import News
 from coordinator.publish import Publisher
@@ -179,6 +180,20 @@ def _wanted(stored: Stored, held: rollouts.Rollout | None, known: Mapping[tuple[
     return msgspec.structs.replace(
         now, before=of(held.before.spec, held.before.generation), admitted=held.state.admitted, shadowing=held.state.shadowing
     )
+
+
+def foresee(tables: Tables, spec: Deployment) -> Foreseen:
+    """What a deployment would change, once it is everywhere."""
+    enrolled, ear = identity.read_enrolled(tables), nodes.read_ear(tables)
+    boxes = _boxes(nodes.read_nodes(tables), enrolled, ear, nodes.read_drained(tables))
+    known = {(model.ref.name, model.ref.version): model for model in models.read_models(tables)}
+    spreading = {held.deployment: held for held in rollouts.read_active(tables)}
+    held = deployments.read_deployments(tables)
+    wanted = [_wanted(stored, spreading.get(stored.name), known) for stored in held]
+    generation = max((stored.generation for stored in held if stored.name == spec.name), default=0) + 1
+    model = known.get((spec.model, spec.version))
+    told = {node: planner.BoxPlan(doc.replicas, doc.routes) for node, doc in nodes.read_desired(tables).items()}
+    return foresight.foresee(boxes, wanted, planner.Wanted(spec, generation, model.ref if model else None), told)
 
 
 def _software(tables: Tables, stored_nodes: list[nodes.Node], before: Mapping[str, Desired]) -> dict[str, Software | None]:

@@ -82,7 +82,8 @@ def _of_accounts(exc: NotLetIn | TryLater | NotDone | NotThere) -> tuple[int, Pr
             return status, Problem(exc.code, str(exc), field=exc.field)
 
 
-def _problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901, PLR0912 - a table
+def problem_of(exc: Exception) -> tuple[int, Problem]:  # noqa: C901, PLR0912 - a table
+    """Status and words for what handlers raise; what is not known is raised again."""
     match exc:
         case Refused():
             return exc.status, exc.problem
@@ -123,7 +124,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     except web.HTTPRedirection:
         raise
     except Exception as exc:  # noqa: BLE001 - what is not known is raised again there
-        status, problem = _problem_of(exc)
+        status, problem = problem_of(exc)
         if status >= 500:
             logger.error("request.failed", path=request.path, code=problem.code, reason=problem.message)
         answer = json_answer(ProblemBody(problem), status=status)

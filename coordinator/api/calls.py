@@ -10,24 +10,20 @@ import msgspec
 from aiohttp import web
 from sqlite_utils import Database as Tables
 
-from coordinator import accepting
 from coordinator.accounts.directory import Caller
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
-from coordinator.api.bodies import beginning, json_body
+from coordinator.api.bodies import json_body
 from coordinator.commands import Commands
-from coordinator.core import deployment as deployment_file
 from coordinator.model_store import ModelStore
 from coordinator.news import News
-from coordinator.registry import audit, deployments, events, models, nodes, rollouts
+from coordinator.registry import audit, models, nodes
 from coordinator.registry.database import Database
 from coordinator.views import Views
 from coordinator.vouching import Vouching
 from skerry.wire import codec, logs, topics
 from skerry.wire.accounts import Role, may
 from skerry.wire.api import (
-    Accepted,
-    DeploymentView,
     EventView,
     LoadView,
     LogsView,
@@ -42,7 +38,6 @@ from skerry.wire.api import (
 )
 from skerry.wire.bundle import MAX_BUNDLE_BYTES, Bundle
 from skerry.wire.messages import LogsRequest, ModelRef, StateTensor, WarmupTensor
-from skerry.wire.model_signature import NotVouched
 
 T = TypeVar("T")
 
@@ -98,13 +93,6 @@ CALLS = [
         Signed, role="operator", body=Bundle,
     ),
     Call("GET", "/v1/artifacts/{sha256}", "fetch_artifact", "A model's bytes; ranges are served", bytes, role="operator", boxes=True),
-    Call("GET", "/v1/deployments", "list_deployments", "Every deployment", list[DeploymentView]),
-    Call(
-        "POST", "/v1/deployments", "deploy", "Create or change a deployment: the file as its owner wrote it", Accepted, 202,
-        role="operator", body="application/yaml", query={"again": "true: although this very change was tried, and taken back"},
-    ),
-    Call("GET", "/v1/deployments/{name}", "show_deployment", "One deployment", DeploymentView),
-    Call("DELETE", "/v1/deployments/{name}", "delete_deployment", "Remove a deployment from every box", Accepted, 202, role="operator"),
     Call(
         "GET", "/v1/split", "show_split", "Who answered over time", SplitView,
         query={"minutes": "1 to 2880, default 15", "deployment": "only this one's", "node": "only this one's"},
@@ -184,7 +172,7 @@ class Calls:
         """See CALLS."""
         node = await self._views.node(request.match_info["id"])
         if node is None:
-            raise _unknown("node", request.match_info["id"], "skerry node list")
+            raise unknown("node", request.match_info["id"], "skerry node list")
         return json_answer(node)
 
     async def show_serve(self, request: web.Request) -> web.Response:
@@ -204,9 +192,9 @@ class Calls:
             raise refuse(400, "invalid_query", "after: not a position of an earlier answer", field="after")
         node = await self._database.read(lambda tables: nodes.read_node(tables, name))
         if node is None:
-            raise _unknown("node", name, "skerry node list")
+            raise unknown("node", name, "skerry node list")
         if len(replica) > logs.MAX_REPLICA or not replica.isprintable():
-            raise _unknown("replica", replica, f"skerry node show {name}")
+            raise unknown("replica", replica, f"skerry node show {name}")
         if not node.online:
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(node.changed_at_ms / 1000))
             raise refuse(503, "box_silent", f"box {name} is silent since {since}: its logs can't be asked for now", hint="try again later")
@@ -215,7 +203,7 @@ class Calls:
             case "":
                 return json_answer(LogsView(name, replica, reply.lines, reply.position))
             case logs.UNKNOWN_REPLICA:
-                raise _unknown("replica", replica, f"skerry node show {name}")
+                raise unknown("replica", replica, f"skerry node show {name}")
             case logs.BUSY:
                 raise refuse(503, "box_busy", f"box {name} is reading other logs", hint="try again in a second")
             case reason:
@@ -270,7 +258,7 @@ class Calls:
 
         state = await self._database.write(work)
         if state is None:
-            raise _unknown("model", f"{name}:{version}", "skerry model list")
+            raise unknown("model", f"{name}:{version}", "skerry model list")
         self._replan()
         return json_answer(Signed(name, version, state))
 
@@ -278,79 +266,8 @@ class Calls:
         """See CALLS."""
         path = self._store.path(request.match_info["sha256"])
         if path is None:
-            raise _unknown("artifact", request.match_info["sha256"], "skerry model list")
+            raise unknown("artifact", request.match_info["sha256"], "skerry model list")
         return web.FileResponse(path, chunk_size=CHUNK_BYTES)
-
-    async def list_deployments(self, _: web.Request) -> web.Response:
-        """See CALLS."""
-        return json_answer(await self._views.deployments())
-
-    async def deploy(self, request: web.Request) -> web.Response:
-        """See CALLS."""
-        try:
-            text = (await beginning(request, deployment_file.MAX_TEXT_BYTES)).decode()
-        except UnicodeDecodeError as exc:
-            raise refuse(422, "invalid_deployment", f"the file is not UTF-8 (byte {exc.start})") from exc
-        spec = deployment_file.parse(text)
-        model = await self._database.read(lambda tables: models.read_model(tables, spec.model, spec.version))
-        if model is None:
-            held = [f"{m.name}:{m.version}" for m in await self._views.models()]
-            raise refuse(
-                422, "unknown_model", f"model: {spec.model}:{spec.version} is not in the model store", field="model",
-                hint=f"push it with 'skerry model push'; the store has {', '.join(held) or 'no model yet'}",
-            )  # fmt: skip
-        try:
-            self._vouching.check(model, model.signature)
-        except NotVouched as exc:
-            raise refuse(
-                422, "not_vouched", f"model: {spec.model}:{spec.version}: {exc}", field="model",
-                hint="sign it by a key of model_keys_file: 'skerry model sign', then 'skerry model push'",
-            ) from exc  # fmt: skip
-        now_ms, is_again = time.time_ns() // 1_000_000, request.query.get("again", "") == "true"
-
-        def work(tables: Tables) -> tuple[int, bool]:
-            failed = rollouts.read_failed(tables, spec.name, text)
-            if failed is not None and not is_again:
-                when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(failed.at_ms / 1000))
-                raise refuse(409, "failed_before", f"this was tried, and taken back {when}: {failed.reason}", hint="skerry deploy --again")
-            before = deployments.read_text(tables, spec.name)
-            generation = accepting.accept(tables, spec, text, now_ms)
-            if before != text:
-                audit.append(tables, request[ACTOR], "deployment.accepted", spec.name, before=before, after=text, now_ms=now_ms)
-            events.add_own_event(tables, "", "deployment.accepted", spec.name, f"generation {generation}", now_ms)
-            held = rollouts.read_rollout(tables, spec.name)
-            return generation, held is not None and held.after.generation == generation and not held.state.is_over
-
-        generation, spreads = await self._database.write(work)
-        self._news.tell("events", "deployments")
-        self._replan()
-        return json_answer(Accepted(spec.name, generation, spec.warnings, spreads), status=202)
-
-    async def show_deployment(self, request: web.Request) -> web.Response:
-        """See CALLS."""
-        view = await self._views.deployment(request.match_info["name"])
-        if view is None:
-            raise _unknown("deployment", request.match_info["name"], "skerry deployment list")
-        return json_answer(view)
-
-    async def delete_deployment(self, request: web.Request) -> web.Response:
-        """See CALLS."""
-        name = request.match_info["name"]
-        now_ms = time.time_ns() // 1_000_000
-
-        def work(tables: Tables) -> bool:
-            before = deployments.read_text(tables, name)
-            existed = deployments.delete_deployment(tables, name)
-            rollouts.forget_rollout(tables, name)
-            if existed:
-                audit.append(tables, request[ACTOR], "deployment.deleted", name, before=before, now_ms=now_ms)
-                events.add_own_event(tables, "", "deployment.deleted", name, "", now_ms)
-            return existed
-
-        if not await self._database.write(work):
-            raise _unknown("deployment", name, "skerry deployment list")
-        self._replan()
-        return json_answer(Accepted(name, 0), status=202)
 
     async def show_split(self, request: web.Request) -> web.Response:
         """See CALLS."""
@@ -387,7 +304,8 @@ def _model_version(request: web.Request) -> tuple[str, int]:
     return name, int(version)
 
 
-def _unknown(kind: str, name: str, hint: str) -> Exception:
+def unknown(kind: str, name: str, hint: str) -> Exception:
+    """404, for something that is asked for by name."""
     return refuse(404, f"unknown_{kind}", f"there is no {kind} {name[:80]!r}", hint=f"see '{hint}'")
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import msgspec
 
-from coordinator.api import accounts, draining, enrolment, recovery, releases, rollouts
+from coordinator.api import accounts, deployments, draining, enrolment, recovery, releases, rollouts
 from coordinator.api.calls import CALLS, Call
 from skerry import __version__
 from skerry.wire.api import ProblemBody
 
-EVERY = [*CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS, *rollouts.CALLS, *releases.CALLS]
+EVERY = [*CALLS, *deployments.CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS, *rollouts.CALLS, *releases.CALLS]
 """Every call of the API."""
 
 

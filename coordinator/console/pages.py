@@ -21,6 +21,8 @@ SPANS_MIN = {15: "15 min", 60: "1 h", 360: "6 h"}
 MOST_BOXES = 30
 """On the overview; what needs a look comes first, the others are one click away."""
 EVENTS_HERE = 10
+NEW = "name: \nmodel: \nreplicas: {per_node: 1}\nresources: {memory: 512MiB}\nslo: {deadline_ms: 100}\n"
+"""What the editor begins with."""
 EVENT_LIMITS = (200, 1000)
 
 
@@ -92,6 +94,14 @@ class Pages:
             **await self._span(request, deployment=name),
         }
         return page(request, "deployment.html", context)
+
+    async def edit(self, request: web.Request) -> web.StreamResponse:
+        """A deployment's file to be changed, or a new one's; its script asks the API what that would do."""
+        name = request.match_info.get("name", "")
+        view = await self._views.deployment(name) if name else None
+        if name and view is None:
+            return missing(request, f"There is no deployment “{name[:80]}”.", "It may have been deleted, or the name is misspelt.")
+        return page(request, "edit.html", {"name": name, "text": view.text if view else NEW})
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """Every model version."""

@@ -52,6 +52,8 @@ def attach(
             web.get("/nodes", see(pages.nodes)),
             web.get("/nodes/{id}", see(pages.node)),
             web.get("/deployments/{name}", see(pages.deployment)),
+            web.get("/deployments/{name}/edit", see(pages.edit, "operator")),
+            web.get("/deploy", see(pages.edit, "operator")),
             web.get("/models", see(pages.models)),
             web.get("/rollouts", see(pages.rollouts)),
             web.get("/events", see(pages.events)),

@@ -15,7 +15,7 @@ from skerry.cli.client import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_USAGE, CliError,
 from skerry.cli.command import Json, reporting
 from skerry.wire import codec, oip
 from skerry.wire.accounts import PasswordRequest, TokenMade
-from skerry.wire.api import Accepted, DeploymentView, EventView, LoginLink, NodeView, StatusView
+from skerry.wire.api import Accepted, DeploymentView, EventView, LoginLink, NodeView, PlanView, StatusView
 from skerry.wire.units import parse_duration_ms
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed or not in time, 2 wrong usage, 3 nobody answers, 4 refused, 5 not found, 6 not logged in."
@@ -180,6 +180,7 @@ def deploy(
     wait: Annotated[bool, typer.Option("--wait", help="until every replica is ready")] = False,
     timeout: Annotated[str, typer.Option(help="how long to wait, such as 90s or 5m")] = "5m",
     again: Annotated[bool, typer.Option("--again", help="although this very change was tried, and taken back")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="say what it would change, and change nothing")] = False,
     as_json: Json = False,
 ) -> None:
     """Create or change a deployment."""
@@ -191,6 +192,13 @@ def deploy(
     except ValueError as exc:
         raise CliError(f"--timeout: {exc}", exit_code=EXIT_USAGE) from exc
     coordinator = command.coordinator()
+    if plan:
+        planned = coordinator.call("POST", path_of("deployments", "plan"), PlanView, body=text)
+        if as_json:
+            output.print_json(planned)
+        else:
+            output.print_plan(planned)
+        return
     path = path_of("deployments") + ("?again=true" if again else "")
     accepted = coordinator.call("POST", path, Accepted, body=text)
     for warning in accepted.warnings:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from skerry.wire import codec
-from skerry.wire.api import DeploymentView, EventView, ModelView, NodeView, ServeView
+from skerry.wire.api import DeploymentView, EventView, ModelView, NodeView, PlanView, ServeView
 from skerry.wire.messages import Batching, CloudBudget
 from skerry.wire.units import format_bytes
 
@@ -133,6 +133,29 @@ def deployments_table(deployments: Sequence[DeploymentView]) -> Table:
             escape(view.name), escape(view.model), f"[{colour}]{view.ready}/{view.wanted}[/]", *_served(view.serve), escape(view.problem)
         )
     return table
+
+
+def print_plan(plan: PlanView) -> None:
+    """What a deployment would change."""
+    if plan.is_same:
+        console.print(f"{escape(plan.name)} is that already")
+        return
+    counts = {"start": plan.starts, "change": plan.changes, "stop": plan.stops, "go on as they are": plan.keeps}
+    words = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none is concerned"
+    how = "a new deployment" if plan.is_new else "in waves" if plan.spreads else "at once"
+    console.print(f"{escape(plan.name)}: of its replicas {words}; {plan.refuses} boxes refuse; {how}", highlight=False, soft_wrap=True)
+    for warning in plan.warnings:
+        errors.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    if plan.problem or plan.failed_before:
+        said = [plan.problem, f"this very text was taken back: {plan.failed_before}" if plan.failed_before else ""]
+        errors.print(f"[yellow]{escape('; '.join(filter(None, said)))}[/]", soft_wrap=True)
+    rows: list[tuple[str, str, str, str]] = [(one.node, one.replica, one.kind, one.text) for one in [*plan.steps, *plan.others]]
+    rows += [(refusal.node, "", "refuses", refusal.reason) for refusal in plan.refusals]
+    table = table_of("box", "replica", "what", "why")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if rows:
+        console.print(table)
 
 
 def print_deployments(deployments: Sequence[DeploymentView]) -> None:

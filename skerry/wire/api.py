@@ -249,6 +249,37 @@ class Accepted(msgspec.Struct, frozen=True):
     spreads: bool = False
 
 
+class PlanStep(msgspec.Struct, frozen=True):
+    """What would become of a replica on a box; ``text`` says why there, or what of it would be another."""
+
+    node: str
+    deployment: str
+    replica: str
+    kind: Literal["starts", "stops", "changes", "keeps"]
+    text: str = ""
+
+
+class PlanView(msgspec.Struct, frozen=True):
+    """What a deployment would change once it is everywhere. The counts are of its own replicas, and of boxes that would not run it;
+    ``others`` are other deployments' replicas that would move. ``failed_before`` says why this very text was taken back once."""
+
+    name: str
+    is_new: bool
+    is_same: bool
+    spreads: bool
+    starts: int
+    stops: int
+    changes: int
+    keeps: int
+    refuses: int
+    problem: str
+    failed_before: str
+    warnings: list[str]
+    steps: list[PlanStep]
+    others: list[PlanStep]
+    refusals: list[RefusalView]
+
+
 RolloutPhase = Literal["rolling", "waiting", "done", "failed", "aborted"]
 """``waiting``: for somebody to approve the next wave."""
 

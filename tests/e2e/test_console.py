@@ -224,6 +224,36 @@ def test_what_spreads_is_followed_on_the_page_of_rollouts_without_a_reload(visit
     assert visitor.complaints == []
 
 
+def test_a_deployment_is_changed_in_the_editor_with_a_mistake_and_then_right(visitor, world):
+    visitor.log_in()
+    text = "name: written\nmodel: scale:1\nplace: {labels: {site: store-1}}\nresources: {memory: 64MiB}\n"
+    world.deploy(text)
+    world.wait_ready("written")
+    page = visitor.open("/deployments/written")
+    page.get_by_role("link", name="Change it").click()
+    page.wait_for_url("**/deployments/written/edit")
+    expect(page.locator("#verdict")).to_contain_text("what it is already", timeout=LIVE_MS)
+    expect(page.get_by_role("button", name="Apply")).to_be_disabled()
+    page.get_by_label("What it is to be").fill(text.replace("memory:", "memroy:"))
+    expect(page.locator("#verdict")).to_contain_text("memroy", timeout=LIVE_MS)
+    expect(page.get_by_role("button", name="Apply")).to_be_disabled()
+    page.get_by_role("button", name="Go to line 4").click()
+    chosen = page.evaluate(
+        "(() => { const t = document.getElementById('text'); return t.value.slice(t.selectionStart, t.selectionEnd) })()"
+    )
+    assert chosen == "resources: {memroy: 64MiB}"
+    page.get_by_label("What it is to be").fill(text.replace("64MiB", "72MiB"))
+    expect(page.locator("#verdict")).to_contain_text("1 replica changes", timeout=LIVE_MS)
+    expect(page.locator("#steps")).to_contain_text("memory 64MiB becomes 72MiB")
+    expect(page.locator("#steps")).to_contain_text("label site=store-2 does not match")
+    page.get_by_role("button", name="Apply").click()
+    page.wait_for_url("**/deployments/written")
+    expect(page.locator("main")).to_contain_text("72MiB", timeout=LIVE_MS)
+    world.api.call("DELETE", "/v1/deployments/written", object)
+    assert visitor.complaints == []
+    assert visitor.foreign() == []
+
+
 def test_a_hostile_label_or_filter_is_text(visitor):
     page = visitor.log_in()
     for path in ("/", "/nodes/store-2"):

@@ -255,6 +255,29 @@ def test_replicas_that_are_counted_change_one_by_one(good):
     assert (view.phase, view.unit, view.targets) == ("done", "replica", [1, 3])
 
 
+def test_what_a_change_would_do_is_told_before_and_is_what_it_does(good):
+    text = spec("scale:2", observe="1s").replace("384MiB", "400MiB")
+    before = versions(good)
+    told = json.loads(good.cli("deploy", "-", "--plan", "--json", stdin=text.encode()).stdout)
+    assert (told["changes"], told["starts"], told["stops"], told["spreads"]) == (len(before), 0, 0, True)
+    assert {step["node"] for step in told["steps"]} == set(before)
+    assert told["steps"][0]["text"] == "model scale:1 becomes scale:2; memory 384MiB becomes 400MiB"
+    assert {refusal["node"] for refusal in told["refusals"]} == {node.id for node in good.nodes()} - set(before)
+    assert versions(good) == before, "nothing was changed"
+    assert "of its replicas" in good.cli("deploy", "-", "--plan", stdin=text.encode()).stdout.decode()
+    assert deploy(good, text, "--wait").returncode == 0
+    assert set(versions(good)) == set(before)
+    again = good.cli("deploy", "-", "--plan", stdin=text.encode())
+    assert again.stdout.decode().strip() == "scale is that already"
+    elsewhere = text.replace("tier: [edge]", "tier: [cloud]")
+    told = json.loads(good.cli("deploy", "-", "--plan", "--json", stdin=elsewhere.encode()).stdout)
+    assert (told["stops"], told["changes"]) == (len(before), 0)
+    assert told["starts"] > 0
+    wrong = good.cli("deploy", "-", "--plan", stdin=text.replace("waves", "wave").encode())
+    assert wrong.returncode == 4
+    assert b"rollout" in wrong.stderr
+
+
 def test_without_a_rollout_a_change_comes_at_once_and_the_first_deployment_does_too(good):
     with pytest.raises(Exception, match="no change of 'scale'"):
         rollout(good)

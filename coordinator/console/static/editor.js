@@ -1,0 +1,174 @@
+// Asks the coordinator what a deployment would change while it is typed, and applies it when told to.
+
+import { nameZone } from "./times.js";
+
+const PAUSE_MS = 350;
+const MOST_ROWS = 40;
+
+const form = document.getElementById("editor");
+const text = document.getElementById("text");
+const verdict = document.getElementById("verdict");
+const jump = document.getElementById("jump");
+const counts = document.getElementById("counts");
+const steps = document.getElementById("steps");
+const apply = document.getElementById("apply");
+const again = document.getElementById("again");
+const againLabel = document.getElementById("again-label");
+
+let asked = 0;
+let timer = 0;
+let plan = null;
+
+async function call(path, body) {
+  const answer = await fetch(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/yaml", "X-CSRF-Token": form.dataset.csrf },
+    body,
+  });
+  return { status: answer.status, body: await answer.json().catch(() => null) };
+}
+
+function say(level, words) {
+  verdict.className = level;
+  verdict.textContent = words;
+}
+
+function row(cells) {
+  const line = document.createElement("tr");
+  for (const cell of cells) {
+    const data = document.createElement("td");
+    data.textContent = cell;
+    line.append(data);
+  }
+  return line;
+}
+
+function table(title, heads, rows, more) {
+  const part = document.createElement("details");
+  part.open = rows.length <= 8;
+  const summary = document.createElement("summary");
+  summary.textContent = title;
+  const made = document.createElement("table");
+  const head = made.createTHead().insertRow();
+  for (const word of heads) {
+    const cell = document.createElement("th");
+    cell.textContent = word;
+    head.append(cell);
+  }
+  made.createTBody().append(...rows.slice(0, MOST_ROWS).map(row));
+  part.append(summary, made);
+  if (more > MOST_ROWS) {
+    const rest = document.createElement("p");
+    rest.className = "muted";
+    rest.textContent = `and ${more - MOST_ROWS} more`;
+    part.append(rest);
+  }
+  return part;
+}
+
+function inWords(count, one, many) {
+  return `${count.toLocaleString()} ${count === 1 ? one : many}`;
+}
+
+function wordsOf(found) {
+  const parts = [];
+  if (found.starts) parts.push(`${inWords(found.starts, "replica starts", "replicas start")}`);
+  if (found.changes) parts.push(`${inWords(found.changes, "replica changes", "replicas change")}`);
+  if (found.stops) parts.push(`${inWords(found.stops, "replica stops", "replicas stop")}`);
+  if (found.keeps) parts.push(`${inWords(found.keeps, "goes", "go")} on as ${found.keeps === 1 ? "it is" : "they are"}`);
+  if (found.refuses) parts.push(`${inWords(found.refuses, "box refuses", "boxes refuse")}`);
+  return parts.join(", ") || "no box is concerned";
+}
+
+function show(found) {
+  plan = found;
+  const words = found.is_same ? "This is what it is already" : wordsOf(found);
+  const level = found.problem ? "warn-ink" : "";
+  say(level, `${words}${found.spreads && !found.is_same ? "; in waves" : ""}.${found.problem ? ` ${found.problem}.` : ""}`);
+  counts.replaceChildren(
+    ...found.warnings.map((warning) => {
+      const item = document.createElement("li");
+      item.textContent = warning;
+      return item;
+    }),
+  );
+  const tables = [];
+  if (found.steps.length)
+    tables.push(
+      table("On each box", ["Box", "Replica", "What", "Why"],
+        found.steps.map((step) => [step.node, step.replica, step.kind, step.text]), found.starts + found.changes + found.stops),
+    );
+  if (found.refusals.length)
+    tables.push(table("Who refuses, and why", ["Box", "Reason"], found.refusals.map((one) => [one.node, one.reason]), found.refuses));
+  if (found.others.length)
+    tables.push(
+      table("Other deployments that this moves", ["Box", "Replica", "What", "Why"],
+        found.others.map((step) => [step.node, step.replica, step.kind, step.text]), found.others.length),
+    );
+  steps.replaceChildren(...tables);
+  againLabel.hidden = !found.failed_before;
+  againLabel.querySelector("span").textContent = `Although this very text was taken back: ${found.failed_before}`;
+  apply.disabled = found.is_same || (Boolean(found.failed_before) && !again.checked);
+}
+
+function refuse(problem) {
+  plan = null;
+  apply.disabled = true;
+  againLabel.hidden = true;
+  counts.replaceChildren();
+  steps.replaceChildren();
+  const where = [problem.line ? `line ${problem.line}` : "", problem.field].filter(Boolean).join(", ");
+  const names = problem.field && problem.message.startsWith(problem.field);
+  say("bad-ink", `${where && !names ? `${where}: ` : ""}${problem.message}${problem.hint ? ` (${problem.hint})` : ""}`);
+  jump.hidden = !problem.line;
+  jump.textContent = `Go to line ${problem.line}`;
+  jump.dataset.line = problem.line || "";
+}
+
+async function look() {
+  const number = ++asked;
+  let answer;
+  try {
+    answer = await call("/v1/deployments/plan?gently=true", text.value);
+  } catch {
+    if (number === asked) refuse({ message: "The coordinator does not answer." });
+    return;
+  }
+  if (number !== asked) return; // something was typed since
+  jump.hidden = true;
+  if (answer.status === 200 && !answer.body.error) show(answer.body);
+  else refuse(answer.body?.error ?? { message: `the answer was ${answer.status}` });
+}
+
+text.addEventListener("input", () => {
+  apply.disabled = true;
+  clearTimeout(timer);
+  timer = setTimeout(look, PAUSE_MS);
+});
+
+again.addEventListener("change", () => plan && show(plan));
+
+jump.addEventListener("click", () => {
+  const lines = text.value.split("\n");
+  const line = Math.min(Number(jump.dataset.line), lines.length);
+  const start = lines.slice(0, line - 1).reduce((sum, one) => sum + one.length + 1, 0);
+  text.focus();
+  text.setSelectionRange(start, start + lines[line - 1].length);
+});
+
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (apply.disabled) return;
+  apply.disabled = true;
+  const answer = await call(`/v1/deployments${again.checked ? "?again=true" : ""}`, text.value).catch(() => ({ status: 0 }));
+  if (answer.status === 202) location.assign(`/deployments/${encodeURIComponent(answer.body.name)}`);
+  else refuse(answer.body?.error ?? { message: "The coordinator does not answer; nothing was changed that is known of." });
+});
+
+window.addEventListener("beforeunload", (event) => {
+  if (text.value !== text.defaultValue && !apply.disabled) event.preventDefault();
+});
+
+nameZone(document.getElementById("zone"));
+if (text.value.trim()) look();
+text.focus();

@@ -9,8 +9,9 @@ from sqlite_utils import Database as Tables
 from coordinator.core.deployment import Deployment
 from coordinator.core.outlook import outlook
 from coordinator.core.planner import Outcome, Placement
+from coordinator.core.search import Search
 from coordinator.live import Live, serve_view
-from coordinator.registry import deployments, events, identity, measurements, models, nodes
+from coordinator.registry import deployments, events, finding, identity, measurements, models, nodes
 from coordinator.registry.database import Database
 from coordinator.registry.deployments import Stored
 from coordinator.registry.nodes import Drained, Node
@@ -38,6 +39,13 @@ from skerry.wire.api import (
 from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec, SoftwareReport
 
 
+class Found(msgspec.Struct, frozen=True):
+    """A page of boxes; ``last`` is where the next one begins, empty where there is none."""
+
+    nodes: list[NodeView]
+    last: str
+
+
 class Views:
     """Reads; changes nothing."""
 
@@ -50,24 +58,39 @@ class Views:
 
     async def nodes(self) -> list[NodeView]:
         """Every box, by name."""
+        return await self._database.read(lambda tables: self._nodes(tables, None))
 
-        def work(tables: Tables) -> list[NodeView]:
-            desired = nodes.read_desired(tables)
-            streams: dict[str, list[events.Account]] = {}
-            for account in events.read_accounts(tables):
-                streams.setdefault(account.node, []).append(account)
-            enrolled = identity.read_enrolled(tables)
-            specs = {stored.name: stored.spec for stored in deployments.read_deployments(tables)}
-            drained = nodes.read_drained(tables)
-            return [
-                self._node(
-                    node, told := desired.get(node.id), streams.get(node.id, []), enrolled.get(node.id), _outlook(node, told, specs),
-                    drained.get(node.id),
-                )
-                for node in nodes.read_nodes(tables)
-            ]  # fmt: skip
+    async def found(self, search: Search, *, after: str, limit: int | None) -> Found:
+        """A page of the boxes that are looked for: those behind ``after``."""
+
+        def work(tables: Tables) -> Found:
+            names = finding.find(tables, search, after=after, limit=None if limit is None else limit + 1)
+            is_more = limit is not None and len(names) > limit
+            shown = names[:limit]
+            return Found(self._nodes(tables, shown), shown[-1] if is_more and shown else "")
 
         return await self._database.read(work)
+
+    async def found_in_all(self, search: Search) -> tuple[int, dict[NodeState, int]]:
+        """How many boxes are found by it, and how many of the whole fleet are in each state."""
+        return await self._database.read(lambda tables: (finding.count(tables, search), finding.count_by_state(tables)))
+
+    def _nodes(self, tables: Tables, names: list[str] | None) -> list[NodeView]:
+        """These boxes, or all; nothing is read of others."""
+        desired = nodes.read_desired(tables) if names is None else nodes.read_desired_of_some(tables, names)
+        streams: dict[str, list[events.Account]] = {}
+        for account in events.read_accounts(tables) if names is None else events.read_accounts_of_some(tables, names):
+            streams.setdefault(account.node, []).append(account)
+        enrolled = identity.read_enrolled(tables) if names is None else identity.read_some(tables, names)
+        specs = {stored.name: stored.spec for stored in deployments.read_deployments(tables)}
+        drained = nodes.read_drained(tables)
+        return [
+            self._node(
+                node, told := desired.get(node.id), streams.get(node.id, []), enrolled.get(node.id), _outlook(node, told, specs),
+                drained.get(node.id),
+            )
+            for node in (nodes.read_nodes(tables) if names is None else nodes.read_some(tables, names))
+        ]  # fmt: skip
 
     async def node(self, name: str) -> NodeView | None:
         """One box."""

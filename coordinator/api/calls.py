@@ -15,6 +15,8 @@ from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.bodies import json_body
 from coordinator.commands import Commands
+from coordinator.core.search import NotUnderstood
+from coordinator.core.search import parse as parse_search
 from coordinator.model_store import ModelStore
 from coordinator.news import News
 from coordinator.registry import audit, models, nodes
@@ -68,7 +70,14 @@ class Call(msgspec.Struct, frozen=True):
 
 CALLS = [
     Call("GET", "/v1/status", "status", "The fleet at a glance", StatusView),
-    Call("GET", "/v1/nodes", "list_nodes", "Every box", list[NodeView]),
+    Call(
+        "GET", "/v1/nodes", "list_nodes", "Boxes by name, every one unless something narrows it", list[NodeView],
+        query={
+            "q": "words that all must hold: part of a name, KEY=PATTERN of a label, state:lost, version:0.2*, tier:edge",
+            "after": "a name: only those behind it; an answer that is not the last has a Link to the next (RFC 8288)",
+            "limit": "1 to 1000 of them; without it all",
+        },
+    ),
     Call("GET", "/v1/nodes/{id}", "show_node", "One box", NodeView),
     Call(
         "GET", "/v1/nodes/{id}/serve", "show_serve", "What a box answered lately, and how fast", ServeView,
@@ -164,9 +173,19 @@ class Calls:
         """See CALLS."""
         return json_answer(await self._views.status(broker_connected=self._is_connected()))
 
-    async def list_nodes(self, _: web.Request) -> web.Response:
+    async def list_nodes(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        return json_answer(await self._views.nodes())
+        limit = number(request, "limit", 0, least=1, most=1000) if "limit" in request.query else None
+        try:
+            search = parse_search(request.query.get("q", ""))
+        except NotUnderstood as exc:
+            raise refuse(400, "invalid_query", f"q: {exc}", field="q") from exc
+        found = await self._views.found(search, after=request.query.get("after", ""), limit=limit)
+        answer = json_answer(found.nodes)
+        if found.last:
+            following = request.rel_url.update_query(after=found.last)
+            answer.headers["Link"] = f'<{following}>; rel="next"'
+        return answer
 
     async def show_node(self, request: web.Request) -> web.Response:
         """See CALLS."""

@@ -12,6 +12,7 @@ from coordinator.console.rendering import is_fragment, missing, page
 from coordinator.console.verdict import judge
 from coordinator.console.wording import Mark, ready_mark
 from coordinator.core.rollout import OVER
+from coordinator.core.search import MOST_CHARS, NotUnderstood, Search, parse
 from coordinator.registry.database import Database
 from coordinator.views import Views
 from skerry.wire import codec
@@ -20,6 +21,7 @@ from skerry.wire.api import DeploymentView, NodeView, SplitView, StatusView
 SPANS_MIN = {15: "15 min", 60: "1 h", 360: "6 h"}
 MOST_BOXES = 30
 """On the overview; what needs a look comes first, the others are one click away."""
+BOXES_A_PAGE = 100
 EVENTS_HERE = 10
 NEW = "name: \nmodel: \nreplicas: {per_node: 1}\nresources: {memory: 512MiB}\nslo: {deadline_ms: 100}\n"
 """What the editor begins with."""
@@ -60,8 +62,18 @@ class Pages:
         return page(request, "overview.html", context)
 
     async def nodes(self, request: web.Request) -> web.StreamResponse:
-        """Every box."""
-        return page(request, "nodes.html", {"nodes": await self._views.nodes()})
+        """Boxes, a page at a time, narrowed by what stands in the address."""
+        text, after = request.query.get("q", "")[:MOST_CHARS], request.query.get("after", "")
+        wrong = ""
+        try:
+            search = parse(text)
+        except NotUnderstood as exc:
+            search, wrong = Search(), str(exc)
+        found, (count, states) = await asyncio.gather(
+            self._views.found(search, after=after, limit=BOXES_A_PAGE), self._views.found_in_all(search)
+        )
+        context = {"nodes": found.nodes, "last": found.last, "after": after, "q": text, "wrong": wrong, "count_found": count}
+        return page(request, "nodes.html", {**context, "states": states, "total": sum(states.values())})
 
     async def node(self, request: web.Request) -> web.StreamResponse:
         """One box."""

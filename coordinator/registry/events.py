@@ -1,5 +1,6 @@
 """What happened in the fleet: each event once, by (node, epoch, seq)."""
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import msgspec
@@ -57,6 +58,11 @@ def read_accounts(tables: Tables, node: str | None = None) -> list[Account]:
         Account(row["node"], row["epoch"], row["stream"], msgspec.json.decode(row["numbering"], type=Numbering), row["dropped"])
         for row in tables.query(f"SELECT * FROM numberings {where} ORDER BY node, stream, epoch", values)  # noqa: S608 - a constant
     ]
+
+
+def read_accounts_of_some(tables: Tables, names: Collection[str]) -> list[Account]:
+    """The numbered streams of these boxes."""
+    return [account for name in names for account in read_accounts(tables, name)]
 
 
 class Kept(msgspec.Struct, frozen=True):

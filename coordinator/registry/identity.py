@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -119,6 +120,11 @@ def redeem(
 def read_enrolled(tables: Tables) -> dict[str, Enrolment]:
     """Every box that ever joined, by name."""
     return {row["node"]: _enrolment(row) for row in tables.query("SELECT * FROM enrolled")}
+
+
+def read_some(tables: Tables, names: Collection[str]) -> dict[str, Enrolment]:
+    """Those of these boxes that ever joined."""
+    return {name: found for name in names if (found := read_one(tables, name)) is not None}
 
 
 def read_one(tables: Tables, node: str) -> Enrolment | None:

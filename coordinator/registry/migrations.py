@@ -136,6 +136,37 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     ALTER TABLE serve_rollups ADD COLUMN compared INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE serve_rollups ADD COLUMN differed INTEGER NOT NULL DEFAULT 0;
     """,
+    # 14: what boxes are looked for by; labels stand here as they count, those that a box was enrolled with above its own
+    """
+    ALTER TABLE nodes ADD COLUMN version TEXT AS (json_extract(birth, '$.version')) VIRTUAL;
+    ALTER TABLE nodes ADD COLUMN own_tier TEXT AS (json_extract(birth, '$.tier')) VIRTUAL;
+    ALTER TABLE nodes ADD COLUMN has_birth INTEGER AS (birth IS NOT NULL) VIRTUAL;
+    CREATE INDEX nodes_by_version ON nodes (version, id);
+    CREATE INDEX nodes_by_state ON nodes (online, has_birth, said_goodbye, is_lost, id);
+    CREATE INDEX enrolled_revoked ON enrolled (node) WHERE revoked_at_ms > 0;
+    CREATE TABLE node_labels (key TEXT NOT NULL, value TEXT NOT NULL, node TEXT NOT NULL, PRIMARY KEY (key, value, node)) WITHOUT ROWID;
+    CREATE INDEX node_labels_by_node ON node_labels (node);
+    CREATE VIEW effective_labels AS
+        SELECT e.node AS node, l.key AS key, CAST(l.value AS TEXT) AS value FROM enrolled e, json_each(e.labels) l
+        UNION ALL
+        SELECT n.id, l.key, CAST(l.value AS TEXT) FROM nodes n, json_each(n.birth, '$.labels') l WHERE n.birth IS NOT NULL
+            AND NOT EXISTS (SELECT 1 FROM enrolled e, json_each(e.labels) b WHERE e.node = n.id AND b.key = l.key);
+    INSERT INTO node_labels SELECT key, value, node FROM effective_labels WHERE node IN (SELECT id FROM nodes);
+    CREATE TRIGGER labels_of_a_new_node AFTER INSERT ON nodes BEGIN
+        INSERT INTO node_labels SELECT key, value, node FROM effective_labels WHERE node = NEW.id; END;
+    CREATE TRIGGER labels_of_a_birth AFTER UPDATE OF birth ON nodes WHEN OLD.birth IS NOT NEW.birth BEGIN
+        DELETE FROM node_labels WHERE node = NEW.id;
+        INSERT INTO node_labels SELECT key, value, node FROM effective_labels WHERE node = NEW.id; END;
+    CREATE TRIGGER labels_of_a_node_that_is_gone AFTER DELETE ON nodes BEGIN DELETE FROM node_labels WHERE node = OLD.id; END;
+    CREATE TRIGGER labels_of_an_enrolment AFTER INSERT ON enrolled BEGIN
+        DELETE FROM node_labels WHERE node = NEW.node;
+        INSERT INTO node_labels SELECT key, value, node FROM effective_labels WHERE node = NEW.node
+            AND NEW.node IN (SELECT id FROM nodes); END;
+    CREATE TRIGGER labels_of_another_enrolment AFTER UPDATE OF labels ON enrolled BEGIN
+        DELETE FROM node_labels WHERE node = NEW.node;
+        INSERT INTO node_labels SELECT key, value, node FROM effective_labels WHERE node = NEW.node
+            AND NEW.node IN (SELECT id FROM nodes); END;
+    """,
 ]
 
 

@@ -153,9 +153,12 @@ def events(
 
 @node_app.command("list")
 @reporting
-def node_list(as_json: Json = False) -> None:
-    """Every box."""
-    nodes = command.coordinator().call("GET", path_of("nodes"), list[NodeView])
+def node_list(
+    query: Annotated[str, typer.Argument(help="narrows it: part of a name, KEY=PATTERN, state:lost, version:0.2*, tier:edge")] = "",
+    as_json: Json = False,
+) -> None:
+    """Every box, or those that are looked for."""
+    nodes = command.coordinator().call("GET", path_of("nodes"), list[NodeView], query={"q": query} if query else None)
     if as_json:
         output.print_json(nodes)
     else:

@@ -1,0 +1,60 @@
+"""Boxes by what people look for, a page at a time: SQLite finds them, and no other box is read."""
+
+from typing import Any
+
+from sqlite_utils import Database as Tables
+
+from coordinator.core.search import Search
+from skerry.wire.api import NodeState
+
+OUT = "n.id IN (SELECT node FROM enrolled WHERE revoked_at_ms > 0)"
+STATES: dict[NodeState, str] = {
+    "online": f"n.online = 1 AND NOT {OUT}",
+    "new": f"n.online = 0 AND n.has_birth = 0 AND NOT {OUT}",
+    "offline": f"n.online = 0 AND n.has_birth = 1 AND n.said_goodbye = 1 AND NOT {OUT}",
+    "lost": f"n.online = 0 AND n.has_birth = 1 AND n.said_goodbye = 0 AND n.is_lost = 1 AND NOT {OUT}",
+    "unknown": f"n.online = 0 AND n.has_birth = 1 AND n.said_goodbye = 0 AND n.is_lost = 0 AND NOT {OUT}",
+    "revoked": OUT,
+}
+"""As coordinator/views.py tells them."""
+
+
+def _literally(text: str) -> str:
+    """For LIKE, which would take some of it for a pattern."""
+    return "".join(rf"\{one}" if one in r"\%_" else one for one in text)
+
+
+def _where(search: Search) -> tuple[str, list[Any]]:
+    """Conditions and their values; nothing that was typed stands in the text itself."""
+    found: list[tuple[str, list[Any]]] = [("1", [])]
+    found += [(r"n.id LIKE ? ESCAPE '\'", [f"%{_literally(part)}%"]) for part in search.names]
+    for key, pattern in search.labels.items():
+        found.append(("n.id IN (SELECT node FROM node_labels WHERE key = ? AND value GLOB ?)", [key, pattern]))
+    if search.version:
+        found.append(("n.version GLOB ?", [search.version]))
+    if search.tier:
+        found.append(("coalesce((SELECT tier FROM enrolled WHERE node = n.id), n.own_tier) = ?", [search.tier]))
+    found += [(STATES[state], []) for state in STATES if state == search.state]
+    return " AND ".join(f"({text})" for text, _ in found), [value for _, values in found for value in values]
+
+
+def find(tables: Tables, search: Search, *, after: str = "", limit: int | None = None) -> list[str]:
+    """Names in order, those behind ``after``."""
+    where, values = _where(search)
+    query = f"SELECT n.id FROM nodes n WHERE n.id > ? AND {where} ORDER BY n.id LIMIT ?"  # noqa: S608 - constants
+    return [row["id"] for row in tables.query(query, [after, *values, -1 if limit is None else limit])]
+
+
+def count_by_state(tables: Tables) -> dict[NodeState, int]:
+    """Of the whole fleet, in the order in which they need a look."""
+    order: tuple[NodeState, ...] = ("lost", "unknown", "new", "offline", "online", "revoked")
+    return {state: _count(tables, STATES[state], []) for state in order}
+
+
+def count(tables: Tables, search: Search) -> int:
+    """How many there are in all."""
+    return _count(tables, *_where(search))
+
+
+def _count(tables: Tables, where: str, values: list[Any]) -> int:
+    return int(next(iter(tables.query(f"SELECT count(*) AS n FROM nodes n WHERE {where}", values)))["n"])  # noqa: S608 - constants

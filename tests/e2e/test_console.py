@@ -234,7 +234,7 @@ def test_a_deployment_is_changed_in_the_editor_with_a_mistake_and_then_right(vis
     page.wait_for_url("**/deployments/written/edit")
     expect(page.locator("#verdict")).to_contain_text("what it is already", timeout=LIVE_MS)
     expect(page.get_by_role("button", name="Apply")).to_be_disabled()
-    page.get_by_label("What it is to be").fill(text.replace("memory:", "memroy:"))
+    page.get_by_role("textbox", name="What it is to be").fill(text.replace("memory:", "memroy:"))
     expect(page.locator("#verdict")).to_contain_text("memroy", timeout=LIVE_MS)
     expect(page.get_by_role("button", name="Apply")).to_be_disabled()
     page.get_by_role("button", name="Go to line 4").click()
@@ -242,9 +242,9 @@ def test_a_deployment_is_changed_in_the_editor_with_a_mistake_and_then_right(vis
         "(() => { const t = document.getElementById('text'); return t.value.slice(t.selectionStart, t.selectionEnd) })()"
     )
     assert chosen == "resources: {memroy: 64MiB}"
-    page.get_by_label("What it is to be").fill(text.replace("64MiB", "72MiB"))
+    page.get_by_role("textbox", name="What it is to be").fill(text.replace("64MiB", "72MiB"))
     expect(page.locator("#verdict")).to_contain_text("1 replica changes", timeout=LIVE_MS)
-    expect(page.locator("#steps")).to_contain_text("memory 64MiB becomes 72MiB")
+    expect(page.locator("#steps")).to_contain_text("memory 64 MiB becomes 72 MiB")
     expect(page.locator("#steps")).to_contain_text("label site=store-2 does not match")
     page.get_by_role("button", name="Apply").click()
     page.wait_for_url("**/deployments/written")
@@ -252,6 +252,25 @@ def test_a_deployment_is_changed_in_the_editor_with_a_mistake_and_then_right(vis
     world.api.call("DELETE", "/v1/deployments/written", object)
     assert visitor.complaints == []
     assert visitor.foreign() == []
+
+
+def test_boxes_are_found_by_words_that_stand_in_the_address(visitor):
+    page = visitor.log_in()
+    visitor.open("/nodes")
+    expect(page.locator("h1")).to_contain_text("4 boxes")
+    page.get_by_role("searchbox").fill("store site=store-2")
+    page.get_by_role("button", name="Find").click()
+    page.wait_for_url("**/nodes?q=store+site%3Dstore-2")
+    expect(page.locator("h1")).to_contain_text("1 found")
+    expect(page.locator('tr[data-live="box-store-2"]')).to_be_visible()
+    expect(page.locator('tr[data-live="box-store-1"]')).to_have_count(0)
+    page.go_back()
+    expect(page.locator('tr[data-live="box-store-1"]')).to_be_visible()
+    visitor.open("/nodes?q=state:well")
+    expect(page.get_by_role("alert").first).to_contain_text("state is one of")
+    visitor.open("/nodes?q=nothing-like-it")
+    expect(page.locator("main")).to_contain_text("No box is found by that")
+    assert visitor.complaints == []
 
 
 def test_a_hostile_label_or_filter_is_text(visitor):

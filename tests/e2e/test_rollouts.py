@@ -261,7 +261,7 @@ def test_what_a_change_would_do_is_told_before_and_is_what_it_does(good):
     told = json.loads(good.cli("deploy", "-", "--plan", "--json", stdin=text.encode()).stdout)
     assert (told["changes"], told["starts"], told["stops"], told["spreads"]) == (len(before), 0, 0, True)
     assert {step["node"] for step in told["steps"]} == set(before)
-    assert told["steps"][0]["text"] == "model scale:1 becomes scale:2; memory 384MiB becomes 400MiB"
+    assert told["steps"][0]["text"] == "model scale:1 becomes scale:2; memory 384 MiB becomes 400 MiB"
     assert {refusal["node"] for refusal in told["refusals"]} == {node.id for node in good.nodes()} - set(before)
     assert versions(good) == before, "nothing was changed"
     assert "of its replicas" in good.cli("deploy", "-", "--plan", stdin=text.encode()).stdout.decode()

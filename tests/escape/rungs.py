@@ -39,12 +39,20 @@ def absence(rung: str) -> str:
 def log_bytes(rung: str, run_dir: Path, name: str) -> int:
     """What a sandbox's log takes on the disk, all files together."""
     if rung == "process":
-        return sum(path.stat().st_size for path in (run_dir / name).rglob("*log*") if path.is_file())
+        return sum(_size(path) for path in (run_dir / name).rglob("*log*") if path.is_file())
     import docker
 
     with contextlib.closing(docker.APIClient(f"unix://{docker_socket()}")) as engine:
         path = Path(engine.inspect_container(f"skerry-{OWNER}-{name}")["LogPath"])
-        return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+        return sum(_size(file) for file in path.parent.glob(f"{path.name}*"))
+
+
+def _size(path: Path) -> int:
+    """0 for a log that was turned over, and called otherwise, since it was found."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def processes(rung: str, run_dir: Path, name: str) -> int:

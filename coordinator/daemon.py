@@ -18,6 +18,7 @@ from coordinator.api import accounts as account_calls
 from coordinator.api import deployments as deployment_calls
 from coordinator.api import draining as drain_calls
 from coordinator.api import enrolment as enrolment_calls
+from coordinator.api import exposition as metrics_calls
 from coordinator.api import recovery as recovery_calls
 from coordinator.api import releases as release_calls
 from coordinator.api import rollouts as rollout_calls
@@ -28,6 +29,7 @@ from coordinator.api.calls import CALLS, Call, Calls
 from coordinator.api.deployments import DeploymentCalls
 from coordinator.api.draining import DrainCalls
 from coordinator.api.enrolment import EnrolmentCalls
+from coordinator.api.exposition import MetricsCalls
 from coordinator.api.openapi import document
 from coordinator.api.recovery import RecoveryCalls
 from coordinator.api.releases import ReleaseCalls, Trusted
@@ -176,6 +178,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake)),
         (drain_calls.CALLS, DrainCalls(database, access, news, replan=plan_loop.wake)),
         (rollout_calls.CALLS, RolloutCalls(database, access, news, look=rollout_loop.wake, replan=plan_loop.wake)),
+        (metrics_calls.CALLS, MetricsCalls(database, views, access, is_connected=lambda: session.is_connected)),
         (release_calls.CALLS, ReleaseCalls(database, store, _trusted(config), access, news, changed=deployed)),
     ]
     app = make_app(config, parts, access)

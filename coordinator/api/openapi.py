@@ -5,12 +5,22 @@ from typing import Any
 
 import msgspec
 
-from coordinator.api import accounts, deployments, draining, enrolment, recovery, releases, rollouts
+from coordinator.api import accounts, deployments, draining, enrolment, exposition, recovery, releases, rollouts
 from coordinator.api.calls import CALLS, Call
 from skerry import __version__
 from skerry.wire.api import ProblemBody
 
-EVERY = [*CALLS, *deployments.CALLS, *enrolment.CALLS, *accounts.CALLS, *recovery.CALLS, *draining.CALLS, *rollouts.CALLS, *releases.CALLS]
+EVERY = [
+    *CALLS,
+    *deployments.CALLS,
+    *enrolment.CALLS,
+    *accounts.CALLS,
+    *recovery.CALLS,
+    *draining.CALLS,
+    *rollouts.CALLS,
+    *releases.CALLS,
+    *exposition.CALLS,
+]
 """Every call of the API."""
 
 
@@ -33,8 +43,10 @@ def document() -> dict[str, Any]:
 
 
 def _operation(call: Call, by_kind: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    media = {bytes: "application/octet-stream", str: "text/event-stream"}.get(call.answer, "application/json")
-    schema = {bytes: {"type": "string", "format": "binary"}, str: {"type": "string"}}.get(call.answer) or by_kind[str(call.answer)]
+    plain = isinstance(call.answer, str)
+    media = call.answer if plain else {bytes: "application/octet-stream", str: "text/event-stream"}.get(call.answer, "application/json")
+    simple = {"type": "string"} if plain else {bytes: {"type": "string", "format": "binary"}, str: {"type": "string"}}.get(call.answer)
+    schema = simple or by_kind[str(call.answer)]
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"\{(\w+)\}", call.path)
     ] + [{"name": name, "in": "query", "description": text, "schema": {"type": "string"}} for name, text in call.query.items()]

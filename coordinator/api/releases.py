@@ -13,6 +13,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from sqlite_utils import Database as Tables
 
+from coordinator.api import rollouts
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.bodies import json_body
@@ -298,6 +299,12 @@ def view(tables: Tables) -> SoftwareView:
     ]
     wanted = "" if spread is None else spread.earlier if spread.is_taken_back else spread.version
     return SoftwareView(wanted, dict(sorted(versions.items())), _rollout(spread, fleet) if spread else None, troubles[:MOST_SHOWN])
+
+
+def spreading(tables: Tables) -> list[RolloutView]:
+    """All that spreads, or did last: deployments' changes and the box software."""
+    spread = releases.read_spread(tables)
+    return [*rollouts.views(tables), *([_rollout(spread, Fleet(tables))] if spread else [])]
 
 
 def _rollout(spread: Spread, fleet: Fleet) -> RolloutView:

@@ -56,5 +56,11 @@ def count(tables: Tables, search: Search) -> int:
     return _count(tables, *_where(search))
 
 
+def count_by_version(tables: Tables) -> dict[str, int]:
+    """Of the boxes that said what they run."""
+    rows = tables.query("SELECT version, count(*) AS n FROM nodes WHERE version IS NOT NULL GROUP BY version")
+    return {row["version"]: row["n"] for row in rows}
+
+
 def _count(tables: Tables, where: str, values: list[Any]) -> int:
     return int(next(iter(tables.query(f"SELECT count(*) AS n FROM nodes n WHERE {where}", values)))["n"])  # noqa: S608 - constants

@@ -242,3 +242,16 @@ def test_explain_shows_what_boxes_noted_of_requests_apart_from_all_else(world):
     assert "of another deployment" not in shown
     assert world.cli("events", "--kind", "deployment.accepted", "--subject", "noted").stdout.count(b"deployment.accepted") == 1
     assert world.cli("explain", "nobody").returncode == 5
+
+
+def test_prometheus_gets_the_fleet_as_numbers_and_a_stranger_none(world):
+    address = f"{world.fleet.url}/metrics"
+    with urlopen(Request(address, headers={"Authorization": f"Bearer {world.fleet.token}"}), timeout=10) as answer:
+        text = answer.read().decode()
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert "skerry_broker_connected 1.0" in text
+    assert 'skerry_boxes{state="online"}' in text
+    with pytest.raises(HTTPError) as refused:
+        urlopen(address, timeout=10)
+    with refused.value:
+        assert refused.value.code == 401

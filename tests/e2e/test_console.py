@@ -12,7 +12,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from skerry.wire.api import LoginLink
+from skerry.wire.api import LoginLink, NodeView
 from tests.conftest import need
 from tests.e2e.world import World, running, wait_until
 
@@ -254,6 +254,58 @@ def test_a_deployment_is_changed_in_the_editor_with_a_mistake_and_then_right(vis
     assert visitor.foreign() == []
 
 
+def test_a_box_is_drained_and_a_deployment_deleted_from_their_pages_once_what_happens_was_read(visitor, world):
+    visitor.log_in()
+    world.deploy("name: goes\nmodel: scale:1\nplace: {labels: {site: store-1}}\nresources: {memory: 64MiB}\n")
+    world.wait_ready("goes")
+    page = visitor.open("/nodes/store-1")
+    dialog = page.get_by_role("dialog")
+    page.get_by_role("button", name="Drain").click()
+    expect(dialog).to_contain_text("store-1 is to run nothing: ")
+    expect(dialog).to_contain_text("goes")
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(dialog).to_be_hidden()
+    assert not world.api.call("GET", "/v1/nodes/store-1", NodeView).drained_at_ms
+    page.get_by_role("button", name="Drain").click()
+    dialog.get_by_role("textbox").fill("new <fan>")
+    dialog.get_by_role("button", name="Drain").click()
+    expect(page.locator("main")).to_contain_text("new <fan>", timeout=LIVE_MS)
+    page.get_by_role("button", name="Let it run again").click()
+    dialog.get_by_role("button", name="Let it run again").click()
+    expect(page.get_by_role("button", name="Drain")).to_be_visible(timeout=LIVE_MS)
+    world.wait_ready("goes")
+    page = visitor.open("/deployments/goes")
+    page.get_by_role("button", name="Delete").click()
+    expect(dialog).to_contain_text("goes stops everywhere: 1 replica on 1 of the boxes")
+    world.api.call("DELETE", "/v1/deployments/goes", object)
+    dialog.get_by_role("button", name="Delete").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("no deployment")
+    assert visitor.foreign() == []
+
+
+def test_a_change_is_paused_approved_and_aborted_on_the_page(visitor, world):
+    visitor.log_in()
+    waves = "rollout: {waves: [1, '100%'], observe: 1s, approve: true}\n"
+    text = "name: asks\nmodel: scale:1\nplace: {tier: [edge]}\nresources: {memory: SIZE}\n" + waves
+    world.deploy(text.replace("SIZE", "64MiB"))
+    world.wait_ready("asks")
+    world.deploy(text.replace("SIZE", "72MiB"))
+    page = visitor.open("/rollouts")
+    panel, dialog = page.get_by_role("region", name="asks"), page.get_by_role("dialog")
+    for word, then in (("Pause", "Resume"), ("Resume", "Pause"), ("Approve the next wave", "Abort")):
+        panel.get_by_role("button", name=word).click(timeout=3 * LIVE_MS)
+        dialog.get_by_role("button", name=word).click()
+        expect(dialog).to_be_hidden()
+        expect(panel.get_by_role("button", name=then)).to_be_visible(timeout=LIVE_MS)
+    panel.get_by_role("button", name="Abort").click()
+    expect(dialog).to_contain_text("goes back to")
+    dialog.get_by_role("button", name="Abort").click()
+    expect(panel).to_contain_text("aborted", timeout=LIVE_MS)
+    expect(panel.get_by_role("button")).to_have_count(0)
+    world.api.call("DELETE", "/v1/deployments/asks", object)
+    assert visitor.complaints == []
+
+
 def test_boxes_are_found_by_words_that_stand_in_the_address(visitor):
     page = visitor.log_in()
     visitor.open("/nodes")
@@ -353,6 +405,8 @@ def test_people_are_invited_log_in_make_tokens_and_are_removed(visitor, browser,
         guest.page.wait_for_url(world.fleet.url + "/")
         expect(guest.page.get_by_role("link", name="Users")).to_have_count(0)
         assert guest.page.goto(world.fleet.url + "/users").status == 403
+        assert guest.page.goto(world.fleet.url + "/nodes/store-1").status == 200
+        expect(guest.page.get_by_role("button", name="Drain")).to_have_count(0)
         guest.page.goto(world.fleet.url + "/account")
         guest.page.get_by_label("What it is for").fill("a dashboard")
         guest.page.get_by_role("button", name="Make a token").click()

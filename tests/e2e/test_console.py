@@ -325,6 +325,35 @@ def test_boxes_are_found_by_words_that_stand_in_the_address(visitor):
     assert visitor.complaints == []
 
 
+def test_keys_lead_to_pages_and_to_the_search_unless_they_are_turned_off(visitor, world):
+    page = visitor.log_in()
+    page.keyboard.press("g")
+    page.keyboard.press("r")
+    page.wait_for_url(world.fleet.url + "/rollouts")
+    page.keyboard.press("/")
+    page.wait_for_url(world.fleet.url + "/nodes#search")
+    expect(page.get_by_role("searchbox")).to_be_focused()
+    page.keyboard.type("g?/")
+    expect(page.get_by_role("searchbox")).to_have_value("g?/")
+    page.locator("h1").click()
+    page.keyboard.press("?")
+    dialog = page.get_by_role("dialog", name="Keys")
+    expect(dialog).to_contain_text("Look for boxes")
+    dialog.get_by_role("checkbox").uncheck()
+    dialog.get_by_role("button", name="Close").click()
+    page.keyboard.press("g")
+    page.keyboard.press("e")
+    expect(dialog).to_have_count(0)
+    page.get_by_role("button", name="Keys").click()
+    dialog.get_by_role("checkbox").check()
+    dialog.get_by_role("button", name="Close").click()
+    assert page.url == world.fleet.url + "/nodes#search"
+    page.keyboard.press("g")
+    page.keyboard.press("e")
+    page.wait_for_url(world.fleet.url + "/events")
+    assert visitor.complaints == []
+
+
 def test_a_hostile_label_or_filter_is_text(visitor):
     page = visitor.log_in()
     for path in ("/", "/nodes/store-2"):

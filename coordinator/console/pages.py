@@ -86,6 +86,14 @@ class Pages:
         context = {"node": node, "events": await self._views.events(node=name, limit=EVENTS_HERE), **await self._span(request, node=name)}
         return page(request, "node.html", context)
 
+    async def logs(self, request: web.Request) -> web.StreamResponse:
+        """What a replica's sandbox writes; its script asks the API, and so the box, while somebody looks."""
+        name, replica = request.match_info["id"], request.match_info["replica"]
+        node = await self._views.node(name)
+        if node is None or all(one.name != replica for one in node.replicas):
+            return missing(request, f"Box “{name[:80]}” reports no replica “{replica[:80]}”.", "It may have been stopped, or moved.")
+        return page(request, "logs.html", {"node": node, "replica": replica})
+
     async def deployment(self, request: web.Request) -> web.StreamResponse:
         """One deployment: where it runs, why there, what is wanted against what is reported, who answered."""
         name = request.match_info["name"]

@@ -51,6 +51,7 @@ def attach(
             web.get("/", see(pages.overview)),
             web.get("/nodes", see(pages.nodes)),
             web.get("/nodes/{id}", see(pages.node)),
+            web.get("/nodes/{id}/logs/{replica}", see(pages.logs, "operator")),
             web.get("/deployments/{name}", see(pages.deployment)),
             web.get("/deployments/{name}/edit", see(pages.edit, "operator")),
             web.get("/deploy", see(pages.edit, "operator")),

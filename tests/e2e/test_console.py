@@ -1,5 +1,6 @@
 """The console as people use it: a whole fleet, a real browser, wide and narrow."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -323,6 +324,27 @@ def test_boxes_are_found_by_words_that_stand_in_the_address(visitor):
     visitor.open("/nodes?q=nothing-like-it")
     expect(page.locator("main")).to_contain_text("No box is found by that")
     assert visitor.complaints == []
+
+
+def test_what_a_sandbox_writes_is_followed_on_a_page(visitor, world, scale_model):
+    """A model whose warm-up run can't work: its worker says why, and it is told once."""
+    visitor.log_in()
+    warmup = json.dumps([{"name": "z", "shape": [1, 3]}])
+    pushed = world.cli("model", "push", str(scale_model), "--name", "tells", "--version", "1", "--warmup", warmup)
+    assert pushed.returncode == 0, pushed.stderr
+    world.deploy("name: tells\nmodel: tells:1\nplace: {labels: {site: store-1}}\nresources: {memory: 256MiB}\n")
+    page = visitor.open("/nodes/store-1")
+    page.get_by_role("link", name="Logs of tells-0").click(timeout=LIVE_MS)
+    page.wait_for_url("**/nodes/store-1/logs/tells-0")
+    expect(page.locator("#log")).to_contain_text("load failed", timeout=LIVE_MS)
+    with page.expect_response(lambda answer: "/logs?" in answer.url and "after=&" not in answer.url + "&", timeout=LIVE_MS) as next_answer:
+        pass
+    assert next_answer.value.json()["lines"] == []
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    world.api.call("DELETE", "/v1/deployments/tells", object)
+    expect(page.locator("#log-state")).to_contain_text("asking on", timeout=3 * LIVE_MS)
+    assert page.goto(world.fleet.url + "/nodes/store-1/logs/nothing-0").status == 404
+    assert visitor.foreign() == []
 
 
 def test_keys_lead_to_pages_and_to_the_search_unless_they_are_turned_off(visitor, world):

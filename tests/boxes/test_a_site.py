@@ -180,12 +180,12 @@ def test_a_box_beside_one_that_fails_is_taken_back_with_its_wave(operator):
 
 def test_releases_that_nothing_runs_from_are_removed_and_the_sandboxes_own_is_not(operator):
     box = operator.boxes[1]
-    assert box.run("ls", "/opt/skerry").stdout.split() == ["0.1.0", "0.2.0", "0.3.2", "current", "previous"]
+    assert box.run("ls", "/opt/skerry").stdout.split() == ["0.1.0", "0.2.0", "0.3.2", "current", "previous", "proven"]
     assert box.run("readlink", "/opt/skerry/current", "/opt/skerry/previous").stdout.split() == ["0.2.0", "0.2.0"]
     assert box.show("skerry-housekeeping.timer", "ActiveState") == "active"
     box.run("systemctl", "start", "skerry-housekeeping.service")
     kept = box.run("ls", "/opt/skerry").stdout.split()
-    assert kept == ["0.1.0", "0.2.0", "current", "previous"], "the sandbox runs from the first one still"
+    assert kept == ["0.1.0", "0.2.0", "current", "previous", "proven"], "the sandbox runs from the first one still"
     with Load(operator.ground, [box]) as load:
         time.sleep(1)
     assert load.failed == []

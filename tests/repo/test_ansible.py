@@ -112,6 +112,31 @@ def test_every_playbook_parses_with_the_example_inventory(tmp_path):
     assert outcome.returncode == 0, outcome.stderr
 
 
+@pytest.mark.parametrize("book", ["boxes", "uninstall"])
+def test_waves_are_those_of_the_command_line_or_the_inventory(tmp_path, book):
+    """The playbook's own plays, each with the one task that tells who is in the batch."""
+    plays = yaml.safe_load((ANSIBLE / "playbooks" / f"{book}.yml").read_text())
+    tell = [{"ansible.builtin.debug": {"msg": "batch {{ ansible_play_batch | join('+') }}"}, "run_once": True, "when": "is_waved"}]
+    kept = [
+        {"hosts": "edge", "gather_facts": False, "tasks": tell, "vars": {"is_waved": "serial" in play}}
+        | ({"serial": play["serial"]} if "serial" in play else {})
+        for play in plays
+    ]
+    assert any("serial" in play for play in kept)
+    (tmp_path / "book.yml").write_text(yaml.safe_dump(kept))
+
+    def batches(*options: str, **known: object) -> list[str]:
+        inventory = {"edge": {"hosts": {f"b{number}": {} for number in range(1, 5)}, "vars": {"ansible_connection": "local", **known}}}
+        (tmp_path / "inventory.yml").write_text(yaml.safe_dump(inventory))
+        outcome = ansible(tmp_path, "ansible-playbook", "-i", tmp_path / "inventory.yml", *options, tmp_path / "book.yml")
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        return re.findall(r'"batch (.*)"', outcome.stdout)
+
+    assert batches()[0] == "b1"
+    assert batches(skerry_waves=[2, "100%"]) == ["b1+b2", "b3+b4"]
+    assert batches("-e", '{"skerry_waves": [3, 1]}', skerry_waves=[2, "100%"]) == ["b1+b2+b3", "b4"]
+
+
 def test_a_built_collection_needs_nothing_of_the_checkout(tmp_path):
     outcome = ansible(tmp_path, "ansible-galaxy", "collection", "build", "--output-path", tmp_path, ANSIBLE)
     assert outcome.returncode == 0, outcome.stderr

@@ -3,8 +3,8 @@
 import asyncio
 import ssl
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -19,8 +19,11 @@ from coordinator.api import deployments as deployment_calls
 from coordinator.api import draining as drain_calls
 from coordinator.api import enrolment as enrolment_calls
 from coordinator.api import exposition as metrics_calls
+from coordinator.api import glance as glance_calls
+from coordinator.api import models as model_calls
 from coordinator.api import recovery as recovery_calls
 from coordinator.api import releases as release_calls
+from coordinator.api import restarting as restart_calls
 from coordinator.api import rollouts as rollout_calls
 from coordinator.api.access import Access
 from coordinator.api.accounts import AccountCalls
@@ -30,17 +33,25 @@ from coordinator.api.deployments import DeploymentCalls
 from coordinator.api.draining import DrainCalls
 from coordinator.api.enrolment import EnrolmentCalls
 from coordinator.api.exposition import MetricsCalls
-from coordinator.api.openapi import document
+from coordinator.api.glance import GlanceCalls
+from coordinator.api.models import ModelCalls
+from coordinator.api.openapi import EVERY, document
 from coordinator.api.recovery import RecoveryCalls
 from coordinator.api.releases import ReleaseCalls, Trusted
+from coordinator.api.restarting import RestartCalls
 from coordinator.api.rollouts import RolloutCalls
 from coordinator.ca.authority import Authority, AuthorityUnusable
 from coordinator.commands import Commands
 from coordinator.config import Config
 from coordinator.console import routes as console
-from coordinator.console.entrance import CALLBACK
+from coordinator.console.entrance import CALLBACK, Entrance
+from coordinator.console.guide import Guide
+from coordinator.console.pages import Pages
+from coordinator.console.people import People
 from coordinator.enrolment import Enrolment
 from coordinator.eviction import Evictions
+from coordinator.gateways import Gateways
+from coordinator.glance import Glance
 from coordinator.housekeeping import Housekeeping
 from coordinator.ingest import Ingest
 from coordinator.live import Live
@@ -158,41 +169,10 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         write_uses=directory.write_uses,
     )
     access = Access(config.state_dir, directory, enrolment.is_token, behind_proxy=config.behind_proxy)
-    views = Views(database, live, vouching := Vouching(keys.trusted(config.model_keys_file)), fleet=config.fleet, rollup_s=config.rollup_s)
-    calls = Calls(
-        database=database,
-        views=views,
-        vouching=vouching,
-        store=(store := ModelStore(config.state_dir / "models", limit_bytes=config.model_limit_bytes)),
-        news=news,
-        access=access,
-        replan=deployed,
-        commands=commands,
-        is_connected=lambda: session.is_connected,
-    )
-    parts: list[tuple[Sequence[Call], Handlers]] = [
-        (CALLS, calls),
-        (deployment_calls.CALLS, DeploymentCalls(database, views, vouching, access, news, replan=deployed)),
-        (enrolment_calls.CALLS, EnrolmentCalls(enrolment, access)),
-        (account_calls.CALLS, AccountCalls(database, changes, entry, access, public_url=config.public_url)),
-        (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=plan_loop.wake)),
-        (drain_calls.CALLS, DrainCalls(database, access, news, replan=plan_loop.wake)),
-        (rollout_calls.CALLS, RolloutCalls(database, access, news, look=rollout_loop.wake, replan=plan_loop.wake)),
-        (metrics_calls.CALLS, MetricsCalls(database, views, access, is_connected=lambda: session.is_connected)),
-        (release_calls.CALLS, ReleaseCalls(database, store, _trusted(config), access, news, changed=deployed)),
-    ]
-    app = make_app(config, parts, access)
-    console.attach(
-        app,
-        fleet=config.fleet,
-        views=views,
-        database=database,
-        access=access,
-        entry=entry,
-        changes=changes,
-        provider=_provider(config),
-        status=calls.status,
-    )
+    core = _Core(
+        database, live, news, session, commands, enrolment, directory, entry, changes, access, plan_loop, rollout_loop, deployed,
+    )  # fmt: skip
+    app = _application(config, core)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     try:
@@ -208,6 +188,60 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
             sdnotify.notify("READY=1")
     finally:
         await runner.cleanup()
+
+
+class _Core(NamedTuple):
+    """What stands behind API and console."""
+
+    database: Database
+    live: Live
+    news: News
+    session: FleetSession
+    commands: Commands
+    enrolment: Enrolment
+    directory: Directory
+    entry: Entry
+    changes: Changes
+    access: Access
+    plan_loop: PlanLoop
+    rollout_loop: RolloutLoop
+    deployed: Callable[[], None]
+
+
+def _application(config: Config, core: _Core) -> web.Application:
+    """The API and, over it, the console."""
+    database, access, news, replan = core.database, core.access, core.news, core.plan_loop.wake
+    vouching = Vouching(keys.trusted(config.model_keys_file))
+    views = Views(database, core.live, vouching, rollup_s=config.rollup_s)
+    glance = Glance(database, core.live, news, fleet=config.fleet, is_connected=lambda: core.session.is_connected)
+    store = ModelStore(config.state_dir / "models", limit_bytes=config.model_limit_bytes)
+    calls = Calls(
+        database=database, views=views, vouching=vouching, store=store, news=news, access=access, replan=core.deployed,
+        commands=core.commands,
+    )  # fmt: skip
+    parts: list[tuple[Sequence[Call], Handlers]] = [
+        (CALLS, calls),
+        (glance_calls.CALLS, GlanceCalls(glance, access)),
+        (deployment_calls.CALLS, DeploymentCalls(database, views, vouching, access, news, replan=core.deployed)),
+        (enrolment_calls.CALLS, EnrolmentCalls(core.enrolment, access)),
+        (account_calls.CALLS, AccountCalls(database, core.changes, core.entry, access, public_url=config.public_url)),
+        (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=replan)),
+        (drain_calls.CALLS, DrainCalls(database, access, news, replan=replan)),
+        (model_calls.CALLS, ModelCalls(views, store, Gateways(config.fleet, _asking(config)), access)),
+        (restart_calls.CALLS, RestartCalls(database, access, news, replan=replan)),
+        (rollout_calls.CALLS, RolloutCalls(database, access, news, look=core.rollout_loop.wake, replan=replan)),
+        (metrics_calls.CALLS, MetricsCalls(database, glance, access)),
+        (release_calls.CALLS, ReleaseCalls(database, store, _trusted(config), access, news, changed=core.deployed)),
+    ]
+    app = make_app(config, parts, access)
+    provider = _provider(config)
+    entrance = Entrance(access, core.entry, core.changes, provider)
+    console.attach(
+        app, fleet=config.fleet, elsewhere=provider.title if provider else "", access=access, entrance=entrance,
+        pages=Pages(views, glance, database, store), people=People(database, core.changes, entrance),
+        guide=Guide(config, glance, views, EVERY),
+    )  # fmt: skip
+    return app
 
 
 def own_certificates(config: Config, authority: Authority) -> None:
@@ -237,6 +271,14 @@ def _tls(config: Config) -> ssl.SSLContext | None:
         return None
     folder = config.state_dir / "ca"
     return tls.server(folder / "coordinator.crt", folder / "coordinator.key")
+
+
+def _asking(config: Config) -> Callable[[], ssl.SSLContext] | None:
+    """What is shown to boxes' gateways, read anew each time: certificates are renewed."""
+    folder = config.state_dir / "ca"
+    if not config.tls:
+        return None
+    return lambda: tls.client(str(folder / "root.crt"), str(folder / "coordinator.crt"), str(folder / "coordinator.key"))
 
 
 def _beat(*loops: PlanLoop | RolloutLoop | Housekeeping) -> bool:

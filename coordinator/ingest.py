@@ -198,9 +198,8 @@ class Ingest:
             key = (one.deployment, one.at_s, node)
             held = self._served.get(key)
             self._served[key] = one if held is None else measurements.plus(held, one)
-        gpu_ratio = sum(gpu.utilization_ratio for gpu in sample.gpus) / len(sample.gpus) if sample.gpus else 0.0
         for at_s in (at_s for at_s in starts if at_s >= oldest_s):
-            load = BoxLoad(node, at_s, 1, sample.cpu_ratio, sample.memory_used_bytes, gpu_ratio)
+            load = _load_of(node, at_s, sample)
             load_before = self._loads.get((node, at_s))
             self._loads[(node, at_s)] = load if load_before is None else measurements.mean(load, load_before)
 
@@ -232,6 +231,20 @@ class Ingest:
                 self._served[key] = one if held is None else measurements.plus(held, one)
             for load_key, load in loads.items():
                 self._loads.setdefault(load_key, load)
+
+
+def _load_of(node: str, at_s: int, sample: Sample) -> BoxLoad:
+    """GPUs count together: the mean of how busy they are, the hottest one's temperature, and the power of all."""
+    gpus = sample.gpus
+    return BoxLoad(
+        node, at_s, 1, sample.cpu_ratio, sample.memory_used_bytes,
+        gpu_ratio=sum(gpu.utilization_ratio for gpu in gpus) / len(gpus) if gpus else 0.0,
+        temperature_c=max((gpu.temperature_c for gpu in gpus), default=0.0),
+        power_w=sum(gpu.power_w for gpu in gpus),
+        network_received_bytes_per_s=sample.network_received_bytes_per_s,
+        network_sent_bytes_per_s=sample.network_sent_bytes_per_s,
+        link_rtt_ms=sample.link_rtt_ms,
+    )  # fmt: skip
 
 
 def _save(tables: Tables, batch: list[tuple[str, msgspec.Struct]], twins: list[str], now_ms: int) -> _Settled:

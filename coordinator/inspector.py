@@ -1,8 +1,9 @@
 """Looks into a pushed model, as a process of its own that has nothing but the file: what the file does to it happens to nobody else.
 
 ``python -m coordinator.inspector FD``: the model is open as FD, the kept state's tensors come as JSON on stdin, a Verdict goes to stdout.
+``python -m coordinator.inspector FD graph``: a Drawn goes to stdout, the network that is in it.
 Before the first byte is read it gives up the file system and the network (Landlock), and every system call that it does not need
-(policy INSPECTING); its memory and time are bounded. What is looked at: coordinator/core/onnx_file.
+(policy INSPECTING); its memory and time are bounded. What is looked at: coordinator/core/onnx_file and onnx_graph.
 """
 
 import contextlib
@@ -11,24 +12,34 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
 
 import msgspec
 
-from coordinator.core import onnx_file
+from coordinator.core import onnx_file, onnx_graph
 from skerry.confine import bpf, kernel, policy
 from skerry.wire import codec
 from skerry.wire.messages import StateTensor
+from skerry.wire.model_graph import ModelGraph
 
 MOST_S = 120.0
 MOST_DATA_BYTES = 512 * 2**20
 """Beside the file itself, which is mapped."""
 MOST_ANSWER = 64 * 1024
+MOST_GRAPH_BYTES = 8 * 2**20
 
 
 class Verdict(msgspec.Struct, frozen=True):
     """What is wrong with a file: a short fixed ``code``, and why. Both are empty where nothing is."""
 
     code: str = ""
+    reason: str = ""
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """The network in a file, or why it can't be told."""
+
+    graph: ModelGraph | None = None
     reason: str = ""
 
 
@@ -60,21 +71,33 @@ def _judge(view: memoryview, state: list[StateTensor]) -> Verdict:
     return Verdict()
 
 
-def main(descriptor: int) -> None:
-    """Answer on stdout."""
-    state = codec.decode(sys.stdin.buffer.read(), list[StateTensor], max_bytes=codec.NO_LIMIT_BYTES)
+def _draw(view: memoryview) -> Drawn:
+    try:
+        drawn = Drawn(onnx_graph.graph(view))
+    except onnx_file.NotOnnx as exc:
+        return Drawn(reason=str(exc))
+    return drawn if len(codec.encode(drawn)) <= MOST_GRAPH_BYTES else Drawn(reason="the network is too large to be shown")
+
+
+def _look(descriptor: int, judge: Callable[[memoryview], msgspec.Struct]) -> msgspec.Struct:
     if os.fstat(descriptor).st_size == 0:
-        verdict = Verdict("not_onnx", "the file is empty")
+        return Verdict("not_onnx", "the file is empty")
+    _limit()
+    mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # until the process ends
+    confine()
+    return judge(memoryview(mapped))
+
+
+def main(descriptor: int, what: str = "") -> None:
+    """Answer on stdout."""
+    if what == "graph":
+        answer = _look(descriptor, _draw)
     else:
-        _limit()
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
-            confine()
-            view = memoryview(mapped)
-            verdict = _judge(view, state)
-            view.release()
-    sys.stdout.buffer.write(codec.encode(verdict))
+        state = codec.decode(sys.stdin.buffer.read(), list[StateTensor], max_bytes=codec.NO_LIMIT_BYTES)
+        answer = _look(descriptor, lambda view: _judge(view, state))
+    sys.stdout.buffer.write(codec.encode(answer))
     sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

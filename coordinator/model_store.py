@@ -6,18 +6,21 @@ import os
 import shutil
 import sys
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
-from coordinator.inspector import MOST_ANSWER, MOST_S, Verdict
+from coordinator.inspector import MOST_ANSWER, MOST_GRAPH_BYTES, MOST_S, Drawn, Verdict
 from skerry.runtime import durable, log
 from skerry.wire import codec
 from skerry.wire.messages import StateTensor
+from skerry.wire.model_graph import ModelGraph
 
 logger = log.get("coordinator.models")
 
 RESERVE_BYTES = 256 * 2**20
 """Left free on the disk: the registry must go on when a model is too large."""
+MOST_GRAPHS = 16
 MOST_INSPECTIONS = 2
 """At a time; the next waits."""
 
@@ -38,6 +41,7 @@ class ModelStore:
         self._limit_bytes = limit_bytes
         self._reserve_bytes = reserve_bytes
         self._inspections = asyncio.Semaphore(MOST_INSPECTIONS)
+        self._graphs: OrderedDict[str, ModelGraph] = OrderedDict()
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("*.part"):
             left_over.unlink()
@@ -103,13 +107,35 @@ class ModelStore:
         if size_bytes + self._reserve_bytes > free_bytes:
             raise NotTaken("disk", f"the model has {size_bytes} bytes and {free_bytes} are free, of which {self._reserve_bytes} are kept")
 
+    async def graph(self, sha256: str) -> ModelGraph:
+        """The network in a file that is here; the last few are kept. Raises NotTaken where it can't be told."""
+        if sha256 in self._graphs:
+            self._graphs.move_to_end(sha256)
+            return self._graphs[sha256]
+        path = self.path(sha256)
+        if path is None:
+            raise NotTaken("unknown", "the file is not here")
+        drawn = codec.decode(await self._look(path, b"", "graph"), Drawn, max_bytes=2 * MOST_GRAPH_BYTES)
+        if drawn.graph is None:
+            raise NotTaken("not_drawn", drawn.reason)
+        self._graphs[sha256] = drawn.graph
+        while len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        return drawn.graph
+
     async def _inspect(self, path: Path, state: Sequence[StateTensor]) -> None:
         """Have a process of its own look into the file (coordinator/inspector.py). Raises NotTaken."""
+        verdict = codec.decode(await self._look(path, codec.encode(list(state))), Verdict, max_bytes=MOST_ANSWER)
+        if verdict.code:
+            raise NotTaken(verdict.code, verdict.reason)
+
+    async def _look(self, path: Path, told: bytes, *what: str) -> bytes:
+        """What that process says. Raises NotTaken."""
         async with self._inspections:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 child = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-I", "-m", "coordinator.inspector", str(descriptor)),
+                    *(sys.executable, "-I", "-m", "coordinator.inspector", str(descriptor), *what),
                     stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
                     env={}, pass_fds=(descriptor,),
                 )  # fmt: skip
@@ -117,7 +143,7 @@ class ModelStore:
                 os.close(descriptor)
             try:
                 async with asyncio.timeout(MOST_S):
-                    answer, complaint = await child.communicate(codec.encode(list(state)))
+                    answer, complaint = await child.communicate(told)
             except TimeoutError:
                 raise NotTaken("inspection", f"looking into the file took more than {MOST_S:.0f} s") from None
             finally:
@@ -129,6 +155,4 @@ class ModelStore:
             ended = f"by signal {-status}" if status < 0 else f"with status {status}"
             logger.warning("model.not_inspected", ended=ended, said=complaint.decode(errors="replace")[-300:])
             raise NotTaken("inspection", f"looking into the file ended {ended}; what was seen of it is not trusted")
-        verdict = codec.decode(answer, Verdict, max_bytes=MOST_ANSWER)
-        if verdict.code:
-            raise NotTaken(verdict.code, verdict.reason)
+        return answer

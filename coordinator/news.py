@@ -10,9 +10,12 @@ class News:
     def __init__(self) -> None:
         self._readers: set[asyncio.Event] = set()
         self._versions: dict[str, int] = {}
+        self.version = 0
+        """Rises with every change."""
 
     def tell(self, *topics: str) -> None:
         """Something of each of ``topics`` changed."""
+        self.version += 1
         for topic in topics:
             self._versions[topic] = self._versions.get(topic, 0) + 1
         for reader in self._readers:

@@ -126,10 +126,11 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
         for node in stored_nodes
         if (held := nodes.ahead(node, before.get(node.id)))
     }
-    own = _software(tables, stored_nodes, before)
-    for node, part in plan.boxes.items():
+    own, restarts = _software(tables, stored_nodes, before), nodes.take_restarts(tables)
+    for node, planned in plan.boxes.items():
         if node in untold:
             continue
+        part = _anew(planned, restarts.get(node, set()))
         old, release = before.get(node), own.get(node)
         revoked = sorted(name for name, site in thrown_out.items() if sites.get(node) in (None, site))
         signatures = _signatures_of(part.replicas, stored_models)
@@ -165,6 +166,14 @@ def replan(tables: Tables, *, fleet: str, now_ms: int, terms: Terms, listening_s
     if any(planner.is_doubled(outcome) for outcome in plan.outcomes.values()):
         times.append(now_ms + DOUBLED_AGAIN_MS)
     return Replanned(changed, min(times, default=None))
+
+
+def _anew(part: planner.BoxPlan, names: set[str]) -> planner.BoxPlan:
+    """With these replicas started once more."""
+    if not names:
+        return part
+    replicas = [msgspec.structs.replace(one, attempt=one.attempt + 1) if one.name in names else one for one in part.replicas]
+    return msgspec.structs.replace(part, replicas=replicas)
 
 
 def _wanted(stored: Stored, held: rollouts.Rollout | None, known: Mapping[tuple[str, int], models.Model]) -> planner.Wanted:

@@ -7,6 +7,7 @@ import msgspec
 from sqlite_utils import Database as Tables
 
 from coordinator.core.deployment import Deployment
+from coordinator.core.difference import difference
 from coordinator.core.outlook import outlook
 from coordinator.core.planner import Outcome, Placement
 from coordinator.core.search import Search
@@ -16,8 +17,6 @@ from coordinator.registry.database import Database
 from coordinator.registry.deployments import Stored
 from coordinator.registry.nodes import Drained, Node
 from coordinator.vouching import Vouching
-from skerry import __version__
-from skerry.runtime import refusals
 from skerry.wire import latency
 from skerry.wire.api import (
     DeploymentView,
@@ -33,9 +32,9 @@ from skerry.wire.api import (
     ServeView,
     SplitPoint,
     SplitView,
-    StatusView,
     Stream,
 )
+from skerry.wire.fleet import Difference
 from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec, SoftwareReport
 
 
@@ -49,16 +48,20 @@ class Found(msgspec.Struct, frozen=True):
 class Views:
     """Reads; changes nothing."""
 
-    def __init__(self, database: Database, live: Live, vouching: Vouching, *, fleet: str, rollup_s: int) -> None:
+    def __init__(self, database: Database, live: Live, vouching: Vouching, *, rollup_s: int) -> None:
         self._database = database
         self._live = live
         self._vouching = vouching
-        self._fleet = fleet
         self._rollup_s = rollup_s
 
     async def nodes(self) -> list[NodeView]:
         """Every box, by name."""
         return await self._database.read(lambda tables: self._nodes(tables, None))
+
+    async def some(self, names: Iterable[str]) -> list[NodeView]:
+        """These boxes, by name; one that is not known is not there."""
+        wanted = sorted(names)
+        return await self._database.read(lambda tables: self._nodes(tables, wanted))
 
     async def found(self, search: Search, *, after: str, limit: int | None) -> Found:
         """A page of the boxes that are looked for: those behind ``after``."""
@@ -152,6 +155,15 @@ class Views:
             outbox_samples=sample.outbox_samples if sample else 0,
             streams=[Stream(a.stream, a.epoch, a.numbering.high, a.numbering.missing, a.numbering.lost, a.dropped) for a in streams],
         )
+
+    async def difference(self, name: str) -> Difference | None:
+        """What a box should be against what it says that it is."""
+
+        def work(tables: Tables) -> Difference | None:
+            node = nodes.read_node(tables, name)
+            return None if node is None else difference(nodes.read_desired_of(tables, name), node.birth, node.reported)
+
+        return await self._database.read(work)
 
     async def deployments(self) -> list[DeploymentView]:
         """Every deployment, oldest first."""
@@ -288,32 +300,11 @@ class Views:
         """One box's load over time."""
         since_s = int(time.time()) - minutes * 60
         loads = await self._database.read(lambda tables: measurements.read_loads(tables, node, since_s=since_s))
-        return LoadView(self._rollup_s, [LoadPoint(b.at_s, b.cpu_ratio, b.memory_used_bytes, b.gpu_ratio) for b in loads])
+        return LoadView(self._rollup_s, [_load_point(b) for b in loads])
 
-    async def status(self, *, broker_connected: bool) -> StatusView:
-        """The fleet at a glance."""
 
-        def work(tables: Tables) -> tuple[list[Node], list[events.Account], dict[str, identity.Enrolment], int]:
-            count = next(tables.query("SELECT count(*) AS n FROM events"))["n"]
-            return nodes.read_nodes(tables), events.read_accounts(tables), identity.read_enrolled(tables), count
-
-        boxes, streams, enrolled, count = await self._database.read(work)
-        deployed = await self.deployments()
-        return StatusView(
-            fleet=self._fleet,
-            version=__version__,
-            broker_connected=broker_connected,
-            nodes_online=sum(1 for box in boxes if box.online and not _is_out(enrolled.get(box.id))),
-            nodes=len(boxes),
-            deployments=len(deployed),
-            deployments_ready=sum(1 for view in deployed if view.wanted and view.ready == view.wanted),
-            events=count,
-            events_missing=sum(s.numbering.missing for s in streams if s.stream == "events"),
-            events_lost=sum(s.numbering.lost for s in streams if s.stream == "events"),
-            samples_missing=sum(s.numbering.missing for s in streams if s.stream == "samples"),
-            samples_lost=sum(s.numbering.lost for s in streams if s.stream == "samples"),
-            refused=refusals.totals(),
-        )
+def _load_point(load: measurements.BoxLoad) -> LoadPoint:
+    return LoadPoint(**{name: getattr(load, name) for name in LoadPoint.__struct_fields__})
 
 
 def _is_out(enrolment: identity.Enrolment | None) -> bool:

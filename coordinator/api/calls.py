@@ -15,7 +15,7 @@ from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.bodies import json_body
 from coordinator.commands import Commands
-from coordinator.core.search import NotUnderstood
+from coordinator.core.search import NotUnderstood, Search
 from coordinator.core.search import parse as parse_search
 from coordinator.model_store import ModelStore
 from coordinator.news import News
@@ -36,9 +36,9 @@ from skerry.wire.api import (
     SignatureState,
     Signed,
     SplitView,
-    StatusView,
 )
 from skerry.wire.bundle import MAX_BUNDLE_BYTES, Bundle
+from skerry.wire.fleet import Difference
 from skerry.wire.messages import LogsRequest, ModelRef, StateTensor, WarmupTensor
 
 T = TypeVar("T")
@@ -69,16 +69,17 @@ class Call(msgspec.Struct, frozen=True):
 
 
 CALLS = [
-    Call("GET", "/v1/status", "status", "The fleet at a glance", StatusView),
     Call(
         "GET", "/v1/nodes", "list_nodes", "Boxes by name, every one unless something narrows it", list[NodeView],
         query={
-            "q": "words that all must hold: part of a name, KEY=PATTERN of a label, state:lost, version:0.2*, tier:edge",
+            "q": "words that all must hold: part of a name, KEY=PATTERN of a label, state:lost, version:0.2*, tier:edge,"
+            " deployment:NAME, model:NAME:VERSION",
             "after": "a name: only those behind it; an answer that is not the last has a Link to the next (RFC 8288)",
             "limit": "1 to 1000 of them; without it all",
         },
     ),
     Call("GET", "/v1/nodes/{id}", "show_node", "One box", NodeView),
+    Call("GET", "/v1/nodes/{id}/difference", "show_difference", "What a box should be against what it says that it is", Difference),
     Call(
         "GET", "/v1/nodes/{id}/serve", "show_serve", "What a box answered lately, and how fast", ServeView,
         query={"window_s": "5 to 3600, default 60: the last seconds"},
@@ -153,7 +154,6 @@ class Calls:
         access: Access,
         replan: Callable[[], None],
         commands: Commands,
-        is_connected: Callable[[], bool],
     ) -> None:
         self._database = database
         self._views = views
@@ -163,24 +163,15 @@ class Calls:
         self._access = access
         self._replan = replan
         self._commands = commands
-        self._is_connected = is_connected
 
     def handler(self, call: Call) -> Handler:
         """The call's method, behind the check of who calls."""
         return checked(self._access, call, getattr(self, call.handler))
 
-    async def status(self, _: web.Request) -> web.Response:
-        """See CALLS."""
-        return json_answer(await self._views.status(broker_connected=self._is_connected()))
-
     async def list_nodes(self, request: web.Request) -> web.Response:
         """See CALLS."""
         limit = number(request, "limit", 0, least=1, most=1000) if "limit" in request.query else None
-        try:
-            search = parse_search(request.query.get("q", ""))
-        except NotUnderstood as exc:
-            raise refuse(400, "invalid_query", f"q: {exc}", field="q") from exc
-        found = await self._views.found(search, after=request.query.get("after", ""), limit=limit)
+        found = await self._views.found(search_of(request), after=request.query.get("after", ""), limit=limit)
         answer = json_answer(found.nodes)
         if found.last:
             following = request.rel_url.update_query(after=found.last)
@@ -193,6 +184,13 @@ class Calls:
         if node is None:
             raise unknown("node", request.match_info["id"], "skerry node list")
         return json_answer(node)
+
+    async def show_difference(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        found = await self._views.difference(request.match_info["id"])
+        if found is None:
+            raise unknown("node", request.match_info["id"], "skerry node list")
+        return json_answer(found)
 
     async def show_serve(self, request: web.Request) -> web.Response:
         """See CALLS."""
@@ -234,7 +232,7 @@ class Calls:
 
     async def push_model(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        name, version = _model_version(request)
+        name, version = model_version(request)
         warmup, state = _tensors(request, "warmup", WarmupTensor), _tensors(request, "state", StateTensor)
         sha256, size = await self._store.receive(
             chunks(request),
@@ -258,7 +256,7 @@ class Calls:
 
     async def sign_model(self, request: web.Request) -> web.Response:
         """See CALLS."""
-        name, version = _model_version(request)
+        name, version = model_version(request)
         signature = await json_body(request, Bundle)
         if len(codec.encode(signature)) > MAX_BUNDLE_BYTES:
             hint = "sign the model alone, not with all others of a repository"
@@ -313,8 +311,8 @@ class Calls:
         return response
 
 
-def _model_version(request: web.Request) -> tuple[str, int]:
-    """Of the path. Raises Refused."""
+def model_version(request: web.Request) -> tuple[str, int]:
+    """Name and version in the path. Raises Refused."""
     name, version = request.match_info["name"], request.match_info["version"]
     if not topics.is_name(name):
         raise refuse(422, "invalid_name", f"{name[:80]!r} is not a name: letters, digits, '_' and '-', at most 63", field="name")
@@ -326,6 +324,14 @@ def _model_version(request: web.Request) -> tuple[str, int]:
 def unknown(kind: str, name: str, hint: str) -> Exception:
     """404, for something that is asked for by name."""
     return refuse(404, f"unknown_{kind}", f"there is no {kind} {name[:80]!r}", hint=f"see '{hint}'")
+
+
+def search_of(request: web.Request) -> Search:
+    """What boxes are looked for. Raises Refused."""
+    try:
+        return parse_search(request.query.get("q", ""))
+    except NotUnderstood as exc:
+        raise refuse(400, "invalid_query", f"q: {exc}", field="q") from exc
 
 
 def number(request: web.Request, name: str, default: int, *, least: int = 1, most: int) -> int:

@@ -1,6 +1,6 @@
 """The coordinator's page for Prometheus: the fleet as numbers."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
 from aiohttp import web
@@ -12,10 +12,11 @@ from coordinator.api.access import Access
 from coordinator.api.answers import Handler
 from coordinator.api.calls import Call, checked
 from coordinator.api.releases import spreading
+from coordinator.glance import Glance
 from coordinator.registry import finding
 from coordinator.registry.database import Database
-from coordinator.views import Views
-from skerry.wire.api import DeploymentView, NodeState, RolloutPhase, RolloutView, StatusView
+from skerry.wire.api import NodeState, RolloutPhase, RolloutView, StatusView
+from skerry.wire.fleet import DeploymentSummary
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 QUANTILES = {"0.5": "p50_ms", "0.99": "p99_ms"}
@@ -28,11 +29,10 @@ CALLS = [Call("GET", "/metrics", "show_metrics", "The fleet as numbers, in Prome
 class MetricsCalls:
     """The handlers of CALLS."""
 
-    def __init__(self, database: Database, views: Views, access: Access, *, is_connected: Callable[[], bool]) -> None:
+    def __init__(self, database: Database, glance: Glance, access: Access) -> None:
         self._database = database
-        self._views = views
+        self._glance = glance
         self._access = access
-        self._is_connected = is_connected
 
     def handler(self, call: Call) -> Handler:
         """The call's method, behind the check of who calls."""
@@ -40,11 +40,11 @@ class MetricsCalls:
 
     async def show_metrics(self, _: web.Request) -> web.Response:
         """See CALLS."""
-        status, deployments = await self._views.status(broker_connected=self._is_connected()), await self._views.deployments()
+        status, fleet = await self._glance.status(), await self._glance.fleet(minutes=1)
         states, versions, rollouts = await self._database.read(
             lambda tables: (finding.count_by_state(tables), finding.count_by_version(tables), spreading(tables))
         )
-        return web.Response(body=page(status, states, versions, deployments, rollouts), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=page(status, states, versions, fleet.deployments, rollouts), headers={"Content-Type": CONTENT_TYPE})
 
 
 class _Collected(Collector):
@@ -59,7 +59,7 @@ def page(
     status: StatusView,
     states: Mapping[NodeState, int],
     versions: Mapping[str, int],
-    deployments: Sequence[DeploymentView],
+    deployments: Sequence[DeploymentSummary],
     rollouts: Sequence[RolloutView],
 ) -> bytes:
     """In Prometheus' text format, CONTENT_TYPE."""
@@ -87,7 +87,7 @@ def _of_fleet(status: StatusView, states: Mapping[NodeState, int], versions: Map
     yield from (boxes, running, connected, missing, lost, refused)
 
 
-def _of_deployments(deployments: Sequence[DeploymentView]) -> Iterator[Metric]:
+def _of_deployments(deployments: Sequence[DeploymentSummary]) -> Iterator[Metric]:
     names = ["deployment"]
     wanted = GaugeMetricFamily("skerry_replicas_wanted", "Replicas that a deployment asks for.", labels=names)
     ready = GaugeMetricFamily("skerry_replicas_ready", "Those of them that run what is wanted.", labels=names)

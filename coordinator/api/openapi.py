@@ -5,18 +5,21 @@ from typing import Any
 
 import msgspec
 
-from coordinator.api import accounts, deployments, draining, enrolment, exposition, recovery, releases, rollouts
+from coordinator.api import accounts, deployments, draining, enrolment, exposition, glance, models, recovery, releases, restarting, rollouts
 from coordinator.api.calls import CALLS, Call
 from skerry import __version__
 from skerry.wire.api import ProblemBody
 
 EVERY = [
     *CALLS,
+    *glance.CALLS,
     *deployments.CALLS,
     *enrolment.CALLS,
     *accounts.CALLS,
     *recovery.CALLS,
     *draining.CALLS,
+    *models.CALLS,
+    *restarting.CALLS,
     *rollouts.CALLS,
     *releases.CALLS,
     *exposition.CALLS,

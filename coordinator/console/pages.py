@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from aiohttp import web
+from sqlite_utils import Database as Tables
 
 from coordinator.api import releases, rollouts
 from coordinator.console.rendering import is_fragment, missing, page
@@ -13,14 +13,30 @@ from coordinator.console.verdict import judge
 from coordinator.console.wording import Mark, ready_mark
 from coordinator.core.rollout import OVER
 from coordinator.core.search import MOST_CHARS, NotUnderstood, Search, parse
+from coordinator.glance import Glance
+from coordinator.model_store import ModelStore, NotTaken
+from coordinator.registry import finding, glance
 from coordinator.registry.database import Database
 from coordinator.views import Views
-from skerry.wire import codec
-from skerry.wire.api import DeploymentView, NodeView, SplitView, StatusView
+from skerry.wire.api import SILENT, DeploymentView, SignatureState, SplitView
+from skerry.wire.fleet import DeploymentSummary
 
 SPANS_MIN = {15: "15 min", 60: "1 h", 360: "6 h"}
 MOST_BOXES = 30
 """On the overview; what needs a look comes first, the others are one click away."""
+MOST_PLACEMENTS = 200
+"""And refusals, of a deployment; those that are not as they should be come first."""
+MOST_OFFERED = 200
+"""Boxes of which a name is offered while it is typed."""
+MOST_HOSTS = 50
+"""Boxes among which one may be chosen to try a model."""
+HOUR_MIN = 60
+SIGNATURES: dict[SignatureState, str] = {
+    "verified": "Signed with a key that this coordinator trusts.",
+    "not_trusted": "Signed with a key that this coordinator does not trust.",
+    "unchecked": "Signed; this coordinator has no keys to check it by.",
+    "none": "Not signed.",
+}
 BOXES_A_PAGE = 100
 EVENTS_HERE = 10
 NEW = "name: \nmodel: \nreplicas: {per_node: 1}\nresources: {memory: 512MiB}\nslo: {deadline_ms: 100}\n"
@@ -31,33 +47,36 @@ EVENT_LIMITS = (200, 1000)
 class Pages:
     """The handlers; ``status`` is the API's call of that name, which knows whether the broker is there."""
 
-    def __init__(self, views: Views, database: Database, status: Callable[[web.Request], Awaitable[web.Response]]) -> None:
+    def __init__(self, views: Views, glance: Glance, database: Database, store: ModelStore) -> None:
+        self._store = store
         self._views = views
+        self._glance = glance
         self._database = database
-        self._ask_status = status
-
-    async def _status(self, request: web.Request) -> StatusView:
-        answer = await self._ask_status(request)
-        return codec.decode((answer.text or "").encode(), StatusView)
 
     async def overview(self, request: web.Request) -> web.StreamResponse:
-        """The fleet at one glance."""
-        status, nodes, deployments, events = await asyncio.gather(
-            self._status(request), self._views.nodes(), self._views.deployments(), self._views.events(limit=EVENTS_HERE)
-        )
-        verdict = judge(status, nodes, deployments, now_ms=time.time_ns() // 1_000_000)
-        worst_first = sorted(nodes, key=lambda node: (not _needs_a_look(node), node.id))
+        """The fleet at one glance. Of a large one only boxes that need a look are read, and a few beside."""
+        minutes = _minutes(request, HOUR_MIN)
+        status, fleet, events = await asyncio.gather(
+            self._glance.status(), self._glance.fleet(minutes=minutes),
+            self._views.events(limit=EVENTS_HERE),
+        )  # fmt: skip
+        names = fleet.needy[:MOST_BOXES]
+        found = await self._views.some(names) if status.nodes > MOST_BOXES else await self._views.nodes()
+        shown = {node.id: node for node in found}
+        nodes = [shown.pop(name) for name in names if name in shown] + list(shown.values())
         context = {
             "status": status,
-            "verdict": verdict,
-            "nodes": worst_first[:MOST_BOXES],
-            "more_nodes": max(0, len(nodes) - MOST_BOXES),
-            "silent": _silent(nodes),
-            "deployments": deployments,
+            "verdict": judge(status, nodes, fleet, now_ms=time.time_ns() // 1_000_000),
+            "nodes": nodes,
+            "more_nodes": max(0, status.nodes - len(nodes)),
+            "silent": sum(fleet.states.get(state, 0) for state in SILENT),
+            "states": fleet.states,
+            "deployments": fleet.deployments,
             "events": events,
-            "per_second": sum(view.serve.per_second for view in deployments),
-            "refused": sum(view.serve.refused for view in deployments),
-            **await self._span(request),
+            "per_second": sum(view.serve.per_second for view in fleet.deployments),
+            "refused": sum(view.serve.refused for view in fleet.deployments),
+            "has_budget": any(view.cloud_budget is not None for view in fleet.deployments),
+            **await self._span(request, minutes=minutes),
         }
         return page(request, "overview.html", context)
 
@@ -83,7 +102,12 @@ class Pages:
             return missing(
                 request, f"There is no box “{name[:80]}” in this fleet.", "It may never have connected, or the name is misspelt."
             )
-        context = {"node": node, "events": await self._views.events(node=name, limit=EVENTS_HERE), **await self._span(request, node=name)}
+        context = {
+            "node": node,
+            "difference": await self._views.difference(name),
+            "events": await self._views.events(node=name, limit=EVENTS_HERE),
+            **await self._span(request, node=name),
+        }
         return page(request, "node.html", context)
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
@@ -100,13 +124,18 @@ class Pages:
         view = await self._views.deployment(name)
         if view is None:
             return missing(request, f"There is no deployment “{name[:80]}”.", "It may have been deleted, or the name is misspelt.")
-        nodes = {node.id: node for node in await self._views.nodes()}
+        placements = sorted(view.placements, key=lambda one: (one.phase == "ready" and one.is_current, one.node, one.replica))
+        placements = placements if len(placements) > MOST_PLACEMENTS else view.placements
+        nodes = {node.id: node for node in await self._views.some({one.node for one in placements[:MOST_PLACEMENTS]})}
         reported = {(node.id, replica.name): replica.generation for node in nodes.values() for replica in node.replicas}
-        used = [nodes[box] for box in sorted({placement.node for placement in view.placements}) if box in nodes]
+        unheard = next((one.unheard for one in (await self._glance.fleet(minutes=HOUR_MIN)).deployments if one.name == name), 0)
         context = {
             "view": view,
+            "placements": placements[:MOST_PLACEMENTS],
+            "refusals": view.refusals[:MOST_PLACEMENTS],
             "nodes": nodes,
-            "silent": _silent(used),
+            "unheard": unheard,
+            "silent": [node.id for node in nodes.values() if node.is_silent],
             "reported": reported,
             "rollout": await self._database.read(lambda tables: rollouts.shown(tables, name)),
             "now_ms": time.time_ns() // 1_000_000,
@@ -127,6 +156,38 @@ class Pages:
         """Every model version."""
         return page(request, "models.html", {"models": await self._views.models()})
 
+    async def model(self, request: web.Request) -> web.StreamResponse:
+        """One model version: what is in its file, where it runs, and, for who may, trying it."""
+        name, version = request.match_info["name"], request.match_info["version"]
+        known = [one for one in await self._views.models() if one.name == name]
+        model = next((one for one in known if str(one.version) == version), None)
+        if model is None:
+            why = "It may have been removed, or the name is misspelt."
+            return missing(request, f"There is no model “{name[:80]}” in version “{version[:20]}”.", why)
+        graph, trouble = None, ""
+        try:
+            graph = await self._store.graph(model.sha256)
+        except NotTaken as exc:
+            trouble = str(exc)
+
+        def work(tables: Tables) -> tuple[int, list[str]]:
+            ready = {node for used in model.used_by for node, _ in glance.read_running(tables, used)}
+            return finding.count(tables, Search(model=f"{name}:{version}")), sorted(ready - glance.read_silent(tables))
+
+        told, ready = await self._database.read(work)
+        context = {
+            "model": model,
+            "versions": sorted(one.version for one in known),
+            "signature": SIGNATURES[model.signature],
+            "graph": graph,
+            "trouble": trouble,
+            "operators": sum(graph.operators.values()) if graph else 0,
+            "told": told,
+            "ready": len(ready),
+            "hosts": ready[:MOST_HOSTS],
+        }
+        return page(request, "model.html", context)
+
     async def rollouts(self, request: web.Request) -> web.StreamResponse:
         """What spreads in waves, or did last: the box software, and changes of deployments, those that go on first."""
         software, found = await self._database.read(lambda tables: (releases.view(tables), rollouts.views(tables)))
@@ -138,18 +199,24 @@ class Pages:
         node, subject = request.query.get("node", "").strip()[:80], request.query.get("subject", "").strip()[:80]
         limit = EVENT_LIMITS[-1] if request.query.get("limit") == str(EVENT_LIMITS[-1]) else EVENT_LIMITS[0]
         events = await self._views.events(node=node, subject=subject, limit=limit)
-        names = [one.id for one in await self._views.nodes()]
-        context = {"events": events, "node": node, "subject": subject, "limit": limit, "most": EVENT_LIMITS[-1], "names": names}
+        names = (await self._views.found(Search(), after="", limit=MOST_OFFERED)).nodes
+        context = {
+            "events": events,
+            "node": node,
+            "subject": subject,
+            "limit": limit,
+            "most": EVENT_LIMITS[-1],
+            "names": [one.id for one in names],
+        }
         return page(request, "events.html", context)
 
     async def missing(self, request: web.Request) -> web.StreamResponse:
         """Nothing is at this address."""
         return missing(request, "There is no page at this address.", "")
 
-    async def _span(self, request: web.Request, *, deployment: str = "", node: str = "") -> dict[str, Any]:
+    async def _span(self, request: web.Request, *, deployment: str = "", node: str = "", minutes: int = 0) -> dict[str, Any]:
         """The time that plots show, and who answered in it. A fragment goes without the sums: the page's script adds them up itself."""
-        asked = request.query.get("minutes", "")
-        minutes = next((span for span in SPANS_MIN if asked == str(span)), min(SPANS_MIN))
+        minutes = minutes or _minutes(request, min(SPANS_MIN))
         if is_fragment(request):
             return {"minutes": minutes, "totals": {}}
         split = await self._views.split(minutes=minutes, deployment=deployment, node=node)
@@ -160,15 +227,11 @@ def _totals(split: SplitView) -> dict[str, int]:
     return {who: sum(getattr(point, who) for point in split.points) for who in ("edge", "peer", "cloud", "refused")}
 
 
-def _silent(nodes: Sequence[NodeView]) -> list[str]:
-    return [node.id for node in nodes if node.is_silent]
+def _minutes(request: web.Request, usual: int) -> int:
+    """The time that is asked for, out of SPANS_MIN."""
+    asked = request.query.get("minutes", "")
+    return next((span for span in SPANS_MIN if asked == str(span)), usual)
 
 
-def _needs_a_look(node: NodeView) -> bool:
-    return (
-        node.state in ("unknown", "lost") or bool(node.refused) or any(replica.phase in ("backoff", "failed") for replica in node.replicas)
-    )
-
-
-def deployment_mark(view: DeploymentView) -> Mark:
+def deployment_mark(view: DeploymentView | DeploymentSummary) -> Mark:
     return ready_mark(view.ready, view.wanted)

@@ -26,6 +26,9 @@ SECURITY = {
     "Cache-Control": "no-store",
 }
 """On every answer. No script and no style stands inside a page, and nothing is loaded from elsewhere."""
+THEME = "skerry_theme"
+"""A cookie: colours that somebody chose."""
+THEMES = ("light", "dark")
 HSTS = "max-age=31536000"
 
 
@@ -53,6 +56,7 @@ def page(request: web.Request, template: str, context: Mapping[str, Any], *, sta
     known = {
         "layout": "fragment.html" if is_fragment(request) else "page.html",
         "path": request.path,
+        "theme": theme if (theme := request.cookies.get(THEME, "")) in THEMES else "",
         "me": caller,
         "csrf": csrf_token(request.cookies.get(COOKIE, "")) if caller else "",
         "may": lambda role: caller is not None and may(caller.role, role),

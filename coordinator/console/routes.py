@@ -1,42 +1,22 @@
 """Which page is at which address, and who may see it."""
 
-from collections.abc import Awaitable, Callable
-
 from aiohttp import web
 
-from coordinator.accounts.changes import Changes
-from coordinator.accounts.entry import Entry
-from coordinator.accounts.provider import Provider
 from coordinator.api.access import Access
 from coordinator.console import assets, rendering
 from coordinator.console.entrance import CALLBACK, Entrance
+from coordinator.console.guide import Guide
 from coordinator.console.pages import SPANS_MIN, Pages, deployment_mark
 from coordinator.console.people import People
-from coordinator.registry.database import Database
-from coordinator.views import Views
 
 
 def attach(
-    app: web.Application,
-    *,
-    fleet: str,
-    views: Views,
-    database: Database,
-    access: Access,
-    entry: Entry,
-    changes: Changes,
-    provider: Provider | None,
-    status: Callable[[web.Request], Awaitable[web.Response]],
+    app: web.Application, *, fleet: str, elsewhere: str, access: Access, entrance: Entrance, pages: Pages, people: People, guide: Guide
 ) -> None:
-    """Add the console to the application; ``status`` is the API's call of that name."""
+    """Add the console to the application; ``elsewhere`` is what people are told of where else they may log in."""
     rendering.set_up(
-        app,
-        access,
-        names={"fleet": fleet, "spans": SPANS_MIN, "elsewhere": provider.title if provider else ""},
-        filters={"ready_mark": deployment_mark},
+        app, access, names={"fleet": fleet, "spans": SPANS_MIN, "elsewhere": elsewhere}, filters={"ready_mark": deployment_mark}
     )
-    entrance = Entrance(access, entry, changes, provider)
-    pages, people = Pages(views, database, status), People(database, changes, entrance)
     see, do = entrance.guarded, entrance.guarded_form
     app.add_routes(
         [
@@ -56,7 +36,11 @@ def attach(
             web.get("/deployments/{name}/edit", see(pages.edit, "operator")),
             web.get("/deploy", see(pages.edit, "operator")),
             web.get("/models", see(pages.models)),
+            web.get("/models/{name}/{version}", see(pages.model)),
             web.get("/rollouts", see(pages.rollouts)),
+            web.get("/start", see(guide.start)),
+            web.get("/api", see(guide.calls)),
+            web.get("/settings", see(guide.settings, "operator")),
             web.get("/events", see(pages.events)),
             web.get("/account", see(people.account)),
             web.post("/account/password", do(people.change_password)),

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from coordinator.console.wording import Level, percent
-from skerry.wire.api import DeploymentView, NodeView, StatusView
+from skerry.wire.api import NodeView, StatusView
+from skerry.wire.fleet import DeploymentSummary, FleetView
 
 SETTLE_MS = 120_000
 """How long a changed deployment may take before what is not ready counts as trouble."""
@@ -33,21 +34,23 @@ class Verdict(msgspec.Struct, frozen=True):
     troubles: list[Trouble]
 
 
-def judge(status: StatusView, nodes: Sequence[NodeView], deployments: Sequence[DeploymentView], *, now_ms: int) -> Verdict:
-    """The state of the fleet in one sentence."""
+def judge(status: StatusView, nodes: Sequence[NodeView], fleet: FleetView, *, now_ms: int) -> Verdict:
+    """The state of the fleet in one sentence. ``nodes`` are boxes to be told of, all that need a look in a fleet of some dozens; how many
+    others there are, ``fleet`` says."""
     found = [*_of_the_broker(status)]
     for node in nodes:
         found += _of_a_node(node)
-    for deployment in deployments:
+    for deployment in fleet.deployments:
         found += _of_a_deployment(deployment, now_ms)
     found.sort(key=lambda trouble: (_ORDER[trouble.level], trouble.subject))
     text = f"{status.nodes_online} of {status.nodes} boxes online, {status.deployments_ready} of {status.deployments} deployments ready"
-    needs_a_look = sum(1 for trouble in found if trouble.level in ("bad", "warn"))
+    named = {trouble.subject for trouble in found if trouble.level in ("bad", "warn")} & {node.id for node in nodes}
+    needs_a_look = sum(1 for trouble in found if trouble.level in ("bad", "warn")) + max(0, fleet.urgent - len(named))
     if needs_a_look:
         return Verdict(found[0].level, f"{needs_a_look} {'thing needs' if needs_a_look == 1 else 'things need'} a look", text, found)
     if any(trouble.level != "idle" for trouble in found):
         return Verdict("busy", "Settling", text, found)
-    if not nodes:
+    if not status.nodes:
         return Verdict(
             "idle", "No box has connected yet", "Install the box software and give it this fleet's broker; it appears here by itself", []
         )
@@ -82,7 +85,7 @@ def _of_a_node(node: NodeView) -> Iterable[Trouble]:
             yield Trouble(level, node.id, href, f"{replica.name} {replica.state.replace('_', ' ')}: {replica.reason or 'no reason given'}")
 
 
-def _of_a_deployment(view: DeploymentView, now_ms: int) -> Iterable[Trouble]:
+def _of_a_deployment(view: DeploymentSummary, now_ms: int) -> Iterable[Trouble]:
     href = f"/deployments/{view.name}"
     if view.problem:
         level: Level = "busy" if view.problem == "not planned yet" else "bad"

@@ -61,10 +61,10 @@ def _names(data: Buffer) -> tuple[list[str], list[str]]:
     """The graph's inputs and outputs, in order. An input with an initializer is a constant that may be replaced, and does not count."""
     seen = count()
     named: dict[int, list[str]] = {5: [], 11: [], 12: []}  # initializer, input, output
-    for number, kind, graph in _fields(data, "the file", seen):
+    for number, kind, graph in fields(data, "the file", seen):
         if number != 7 or kind != 2:
             continue
-        for field, wire_type, part in _fields(graph, "graph", seen):
+        for field, wire_type, part in fields(graph, "graph", seen):
             if field in named and wire_type == 2:
                 named[field].append(_name_in(part, 8 if field == 5 else 1, seen))
     constants = set(named[5])
@@ -73,7 +73,7 @@ def _names(data: Buffer) -> tuple[list[str], list[str]]:
 
 def _name_in(part: Buffer, field: int, seen: Iterator[int]) -> str:
     """The last text in a field, as protobuf has it; empty where there is none."""
-    texts = [bytes(value) for number, kind, value in _fields(part, "graph", seen) if number == field and kind == 2]
+    texts = [bytes(value) for number, kind, value in fields(part, "graph", seen) if number == field and kind == 2]
     return texts[-1].decode(errors="replace") if texts else ""
 
 
@@ -83,7 +83,7 @@ def check(data: Buffer) -> None:
         raise NotOnnx("the file is empty")
     seen = count()
     has_version = has_graph = False
-    for number, kind, value in _fields(data, "the file", seen):
+    for number, kind, value in fields(data, "the file", seen):
         if number == 1 and kind == 0:
             has_version = True
         elif number in _MODEL_PARTS and kind == 2:
@@ -101,14 +101,14 @@ def _check_part(data: Buffer, path: str, message: int, seen: Iterator[int]) -> N
         if message == _EXTERNAL:
             _refuse_external(data, path, seen)
             continue
-        for number, kind, value in _fields(data, path, seen):
+        for number, kind, value in fields(data, path, seen):
             if kind == 2 and number in _PARTS[message]:
                 name, below = _PARTS[message][number]
                 parts.append((value, f"{path}.{name}"[-MAX_PATH:], below))
 
 
 def _refuse_external(entry: Buffer, path: str, seen: Iterator[int]) -> None:
-    pair = {number: bytes(value[:200]).decode(errors="replace") for number, kind, value in _fields(entry, path, seen) if kind == 2}
+    pair = {number: bytes(value[:200]).decode(errors="replace") for number, kind, value in fields(entry, path, seen) if kind == 2}
     if pair.get(1) != "location":
         return
     location = pair.get(2, "")
@@ -117,7 +117,8 @@ def _refuse_external(entry: Buffer, path: str, seen: Iterator[int]) -> None:
     raise NotOnnx(f"{path}.location: {location[:120]!r} {where}; save the model as a single file")
 
 
-def _varint(data: Buffer, at: int, where: str) -> tuple[int, int]:
+def varint(data: Buffer, at: int, where: str) -> tuple[int, int]:
+    """The number at ``at``, and where it ends. Raises NotOnnx."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
@@ -130,25 +131,26 @@ def _varint(data: Buffer, at: int, where: str) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(data: Buffer, where: str, seen: Iterator[int]) -> Iterator[tuple[int, int, Buffer]]:
-    """Number, wire type and bytes (empty for numbers) of each field."""
+def fields(data: Buffer, where: str, seen: Iterator[int]) -> Iterator[tuple[int, int, Buffer]]:
+    """Number, wire type and bytes of each field; ``seen`` counts them all, over every part of a file. Raises NotOnnx."""
     at = 0
     while at < len(data):
         if next(seen) >= MAX_FIELDS:
             raise NotOnnx(f"{where}: more than {MAX_FIELDS} fields")
-        key, at = _varint(data, at, where)
+        key, at = varint(data, at, where)
         number, kind = key >> 3, key & 7
         if number == 0:
             raise NotOnnx(f"{where}: the file is not an ONNX model (field 0 at byte {at})")
         match kind:
             case 0:
-                _, at = _varint(data, at, where)
-                yield number, kind, data[:0]
+                begin = at
+                _, at = varint(data, at, where)
+                yield number, kind, data[begin:at]
                 continue
             case 1:
                 size = 8
             case 2:
-                size, at = _varint(data, at, where)
+                size, at = varint(data, at, where)
             case 5:
                 size = 4
             case _:

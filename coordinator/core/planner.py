@@ -374,6 +374,7 @@ def _replica(want: Wanted, placement: Placement, old: ReplicaSpec | None, *, is_
         stop_after_ms=spec.disconnect.stop_on_box_after_ms,
         replaces=placement.replaces,
         is_shadow=is_shadow,
+        attempt=old.attempt if old else 0,
     )
     if old is None:
         return new

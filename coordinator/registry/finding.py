@@ -17,6 +17,7 @@ STATES: dict[NodeState, str] = {
     "revoked": OUT,
 }
 """As coordinator/views.py tells them."""
+RUNS = "SELECT t.node FROM told t JOIN models m ON m.sha256 = t.sha256"
 
 
 def _literally(text: str) -> str:
@@ -24,12 +25,17 @@ def _literally(text: str) -> str:
     return "".join(rf"\{one}" if one in r"\%_" else one for one in text)
 
 
-def _where(search: Search) -> tuple[str, list[Any]]:
-    """Conditions and their values; nothing that was typed stands in the text itself."""
+def where(search: Search) -> tuple[str, list[Any]]:
+    """A condition on ``nodes n``, and its values; nothing that was typed stands in the text itself."""
     found: list[tuple[str, list[Any]]] = [("1", [])]
     found += [(r"n.id LIKE ? ESCAPE '\'", [f"%{_literally(part)}%"]) for part in search.names]
     for key, pattern in search.labels.items():
         found.append(("n.id IN (SELECT node FROM node_labels WHERE key = ? AND value GLOB ?)", [key, pattern]))
+    if search.deployment:
+        found.append(("n.id IN (SELECT node FROM told WHERE deployment GLOB ?)", [search.deployment]))
+    if search.model:
+        name, _, version = search.model.partition(":")
+        found.append((f"n.id IN ({RUNS} WHERE m.name GLOB ? AND (? = '' OR m.version = CAST(? AS INTEGER)))", [name, version, version]))
     if search.version:
         found.append(("n.version GLOB ?", [search.version]))
     if search.tier:
@@ -40,8 +46,8 @@ def _where(search: Search) -> tuple[str, list[Any]]:
 
 def find(tables: Tables, search: Search, *, after: str = "", limit: int | None = None) -> list[str]:
     """Names in order, those behind ``after``."""
-    where, values = _where(search)
-    query = f"SELECT n.id FROM nodes n WHERE n.id > ? AND {where} ORDER BY n.id LIMIT ?"  # noqa: S608 - constants
+    condition, values = where(search)
+    query = f"SELECT n.id FROM nodes n WHERE n.id > ? AND {condition} ORDER BY n.id LIMIT ?"  # noqa: S608 - constants
     return [row["id"] for row in tables.query(query, [after, *values, -1 if limit is None else limit])]
 
 
@@ -53,7 +59,7 @@ def count_by_state(tables: Tables) -> dict[NodeState, int]:
 
 def count(tables: Tables, search: Search) -> int:
     """How many there are in all."""
-    return _count(tables, *_where(search))
+    return _count(tables, *where(search))
 
 
 def count_by_version(tables: Tables) -> dict[str, int]:
@@ -62,5 +68,5 @@ def count_by_version(tables: Tables) -> dict[str, int]:
     return {row["version"]: row["n"] for row in rows}
 
 
-def _count(tables: Tables, where: str, values: list[Any]) -> int:
-    return int(next(iter(tables.query(f"SELECT count(*) AS n FROM nodes n WHERE {where}", values)))["n"])  # noqa: S608 - constants
+def _count(tables: Tables, condition: str, values: list[Any]) -> int:
+    return int(next(iter(tables.query(f"SELECT count(*) AS n FROM nodes n WHERE {condition}", values)))["n"])  # noqa: S608 - constants

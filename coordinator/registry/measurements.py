@@ -40,8 +40,16 @@ class BoxLoad(msgspec.Struct, frozen=True):
     cpu_ratio: float
     memory_used_bytes: int
     gpu_ratio: float
+    temperature_c: float = 0.0
+    power_w: float = 0.0
+    network_received_bytes_per_s: float = 0.0
+    network_sent_bytes_per_s: float = 0.0
+    link_rtt_ms: float = 0.0
 
 
+LEVELS = (
+    "cpu_ratio", "gpu_ratio", "temperature_c", "power_w", "network_received_bytes_per_s", "network_sent_bytes_per_s", "link_rtt_ms",
+)  # fmt: skip
 ALL = ""
 """Stands for all boxes together where a box's name would stand."""
 MOST = 2**53
@@ -104,23 +112,19 @@ def add_served(tables: Tables, served: list[Served]) -> None:
 
 def add_loads(tables: Tables, loads: list[BoxLoad]) -> None:
     """Merge into the buckets that are there, weighted by their samples."""
+    columns, marks = ", ".join(BoxLoad.__struct_fields__), ", ".join("?" * len(BoxLoad.__struct_fields__))
     for load in loads:
         row = next(tables.query("SELECT * FROM box_rollups WHERE node = ? AND at_s = ?", [load.node, load.at_s]), None)
         total = load if row is None else mean(load, msgspec.convert(row, BoxLoad))
-        tables.execute("INSERT OR REPLACE INTO box_rollups VALUES (?, ?, ?, ?, ?, ?)", list(msgspec.structs.astuple(total)))
+        tables.execute(f"INSERT OR REPLACE INTO box_rollups ({columns}) VALUES ({marks})", list(msgspec.structs.astuple(total)))  # noqa: S608 - constants
 
 
 def mean(a: BoxLoad, b: BoxLoad) -> BoxLoad:
     """Both together."""
     n = a.samples + b.samples
-    return BoxLoad(
-        a.node,
-        a.at_s,
-        n,
-        (a.cpu_ratio * a.samples + b.cpu_ratio * b.samples) / n,
-        min(MOST, (a.memory_used_bytes * a.samples + b.memory_used_bytes * b.samples) // n),
-        (a.gpu_ratio * a.samples + b.gpu_ratio * b.samples) / n,
-    )
+    levels = {name: (getattr(a, name) * a.samples + getattr(b, name) * b.samples) / n for name in LEVELS}
+    memory = min(MOST, (a.memory_used_bytes * a.samples + b.memory_used_bytes * b.samples) // n)
+    return msgspec.structs.replace(a, samples=n, memory_used_bytes=memory, **levels)
 
 
 def _served(row: dict[str, object]) -> Served:
@@ -136,6 +140,15 @@ def read_served(tables: Tables, *, since_s: int, deployment: str = "", node: str
         values.append(deployment)
     rows = tables.query(f"SELECT * FROM serve_rollups WHERE {' AND '.join(conditions)} ORDER BY at_s", values)  # noqa: S608 - constants
     return [_served(row) for row in rows]
+
+
+def totals(tables: Tables, *, since_s: int) -> dict[str, Served]:
+    """By deployment, what all boxes together were asked from ``since_s`` on; how fast is left out."""
+    sums = ", ".join(f"CAST(min({MOST}, total({name})) AS INTEGER) AS {name}" for name in COUNTS)
+    query = f"SELECT deployment, {sums} FROM serve_rollups WHERE node = ? AND at_s >= ? GROUP BY deployment"  # noqa: S608 - constants
+    return {
+        row["deployment"]: msgspec.convert({**row, "at_s": since_s, "node": ALL}, Served) for row in tables.query(query, [ALL, since_s])
+    }
 
 
 def read_served_by(tables: Tables, boxes: list[str], *, since_s: int, deployment: str = "") -> list[Served]:

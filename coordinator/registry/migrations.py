@@ -167,6 +167,53 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
         INSERT INTO node_labels SELECT key, value, node FROM effective_labels WHERE node = NEW.node
             AND NEW.node IN (SELECT id FROM nodes); END;
     """,
+    # 15: what each box was told to run and says that it runs, by replica, for sums over a fleet whose documents nobody reads for them
+    """
+    ALTER TABLE nodes ADD COLUMN said_generation INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE nodes ADD COLUMN refused TEXT NOT NULL DEFAULT '';
+    UPDATE nodes SET said_generation = json_extract(reported, '$.generation'), refused = coalesce(json_extract(reported, '$.refused'), '')
+        WHERE reported IS NOT NULL;
+    CREATE INDEX nodes_refusing ON nodes (id) WHERE refused != '';
+    CREATE TABLE told (
+        node TEXT NOT NULL, replica TEXT NOT NULL, deployment TEXT NOT NULL, generation INTEGER NOT NULL, sha256 TEXT NOT NULL,
+        PRIMARY KEY (deployment, node, replica)) WITHOUT ROWID;
+    CREATE INDEX told_by_node ON told (node);
+    CREATE TABLE said (
+        node TEXT NOT NULL, replica TEXT NOT NULL, deployment TEXT NOT NULL, generation INTEGER NOT NULL, sha256 TEXT NOT NULL,
+        phase TEXT NOT NULL, PRIMARY KEY (deployment, node, replica)) WITHOUT ROWID;
+    CREATE INDEX said_by_node ON said (node);
+    CREATE INDEX said_failing ON said (node, phase) WHERE phase IN ('failed', 'backoff');
+    CREATE VIEW told_of AS
+        SELECT d.node AS node, json_extract(r.value, '$.name') AS replica, json_extract(r.value, '$.deployment') AS deployment,
+            json_extract(r.value, '$.generation') AS generation, json_extract(r.value, '$.model.sha256') AS sha256
+        FROM desired d, json_each(d.document, '$.replicas') r;
+    CREATE VIEW said_of AS
+        SELECT n.id AS node, json_extract(r.value, '$.name') AS replica, json_extract(r.value, '$.deployment') AS deployment,
+            json_extract(r.value, '$.generation') AS generation, coalesce(json_extract(r.value, '$.sha256'), '') AS sha256,
+            json_extract(r.value, '$.phase') AS phase
+        FROM nodes n, json_each(n.reported, '$.replicas') r WHERE n.reported IS NOT NULL;
+    INSERT OR REPLACE INTO told SELECT node, replica, deployment, generation, sha256 FROM told_of;
+    INSERT OR REPLACE INTO said SELECT node, replica, deployment, generation, sha256, phase FROM said_of;
+    CREATE TRIGGER replicas_told AFTER INSERT ON desired BEGIN
+        DELETE FROM told WHERE node = NEW.node;
+        INSERT OR REPLACE INTO told SELECT node, replica, deployment, generation, sha256 FROM told_of WHERE node = NEW.node; END;
+    CREATE TRIGGER replicas_said AFTER UPDATE OF reported ON nodes WHEN OLD.reported IS NOT NEW.reported BEGIN
+        UPDATE nodes SET said_generation = coalesce(json_extract(NEW.reported, '$.generation'), 0),
+            refused = coalesce(json_extract(NEW.reported, '$.refused'), '') WHERE id = NEW.id;
+        DELETE FROM said WHERE node = NEW.id;
+        INSERT OR REPLACE INTO said SELECT node, replica, deployment, generation, sha256, phase FROM said_of WHERE node = NEW.id; END;
+    CREATE TRIGGER replicas_of_a_node_that_is_gone AFTER DELETE ON nodes BEGIN DELETE FROM said WHERE node = OLD.id; END;
+    CREATE TRIGGER replicas_no_longer_told AFTER DELETE ON desired BEGIN DELETE FROM told WHERE node = OLD.node; END;
+    CREATE TABLE restarts (node TEXT NOT NULL, replica TEXT NOT NULL, PRIMARY KEY (node, replica)) WITHOUT ROWID;
+    ALTER TABLE box_rollups ADD COLUMN temperature_c REAL NOT NULL DEFAULT 0;
+    ALTER TABLE box_rollups ADD COLUMN power_w REAL NOT NULL DEFAULT 0;
+    ALTER TABLE box_rollups ADD COLUMN network_received_bytes_per_s REAL NOT NULL DEFAULT 0;
+    ALTER TABLE box_rollups ADD COLUMN network_sent_bytes_per_s REAL NOT NULL DEFAULT 0;
+    ALTER TABLE box_rollups ADD COLUMN link_rtt_ms REAL NOT NULL DEFAULT 0;
+    ALTER TABLE numberings ADD COLUMN lost INTEGER AS (coalesce(json_extract(numbering, '$.lost'), 0)) VIRTUAL;
+    CREATE INDEX numberings_with_gaps ON numberings (stream) WHERE json_array_length(numbering, '$.gaps') > 0;
+    CREATE INDEX numberings_lost ON numberings (stream, lost);
+    """,
 ]
 
 

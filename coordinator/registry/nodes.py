@@ -137,6 +137,21 @@ def save_drained(tables: Tables, node: str, drained: Drained | None) -> None:
     tables.execute("INSERT OR REPLACE INTO drained (node, at_ms, reason) VALUES (?, ?, ?)", [node, drained.at_ms, drained.reason])
 
 
+def ask_restart(tables: Tables, node: str, replica: str) -> None:
+    """Have the next plan start a replica anew."""
+    tables.execute("INSERT OR IGNORE INTO restarts (node, replica) VALUES (?, ?)", [node, replica])
+
+
+def take_restarts(tables: Tables) -> dict[str, set[str]]:
+    """By box, the replicas that were asked for, once: whoever takes them has the boxes told."""
+    asked: dict[str, set[str]] = {}
+    for row in list(tables.query("SELECT node, replica FROM restarts")):
+        asked.setdefault(row["node"], set()).add(row["replica"])
+    if asked:
+        tables.execute("DELETE FROM restarts")
+    return asked
+
+
 def read_ear(tables: Tables) -> Ear:
     """The moment up to which silence is counted."""
     return Ear(next(tables.query("SELECT heard_until_ms FROM ear"))["heard_until_ms"])

@@ -9,10 +9,13 @@ from skerry.wire.messages import Tier
 def why_not(caller: Subject, *, own: Subject, own_tier: Tier, revoked: Collection[str]) -> str:
     """Why a caller is turned away; empty where it is not.
 
-    Boxes of one site help each other, and the cloud helps every site; ``revoked`` are boxes that were thrown out.
+    Boxes of one site help each other, and the cloud helps every site; the coordinator may ask any, for an operator who tries a model.
+    ``revoked`` are boxes that were thrown out.
     """
     if caller.fleet != own.fleet:
         return f"it is of fleet {caller.fleet}, this is a box of {own.fleet}"
+    if caller.role == "coordinator":
+        return ""
     if caller.role != "gateway":
         return f"it is a {caller.role}, and gateways alone pass requests on"
     if caller.name in revoked:

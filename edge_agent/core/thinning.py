@@ -76,6 +76,9 @@ def merged(samples: Sequence[Sample]) -> Sample:
         first_seq=first.first,
         readings=total,
         width_ms=max(0, last.at_ms + last.width_ms - first.at_ms),
+        network_received_bytes_per_s=round(mean(lambda sample: sample.network_received_bytes_per_s), 1),
+        network_sent_bytes_per_s=round(mean(lambda sample: sample.network_sent_bytes_per_s), 1),
+        link_rtt_ms=round(mean(lambda sample: sample.link_rtt_ms), 2),
     )
 
 

@@ -94,7 +94,10 @@ def _contexts(config: Peers, judge: tls.Judge) -> tuple[ssl.SSLContext, ssl.SSLC
 
 
 class Door:
-    """What other gateways are answered (``http.Application``): inference that they pass on, if they may, and nothing else."""
+    """What other gateways are answered (``http.Application``): inference that they pass on, if they may, and nothing else.
+
+    The coordinator is answered as any caller is: an operator tries a model.
+    """
 
     def __init__(self, api: Api, fleet: FleetIdentity, tier: Tier) -> None:
         self._api = api
@@ -131,9 +134,11 @@ class Door:
             return "the certificate has ended"
         if reason := peers.why_not(caller, own=own, own_tier=self._tier, revoked=self._fleet.revoked):
             return reason
+        if caller.role == "coordinator" and FORWARDED.lower() in head.headers:
+            return f"the coordinator asks for itself, and {FORWARDED} says otherwise"
         if head.method != "POST" or not head.path.endswith("/infer"):
             return "requests for inference are answered here, and nothing else"
-        if head.headers.get(FORWARDED.lower()) != caller.name:
+        if caller.role == "gateway" and head.headers.get(FORWARDED.lower()) != caller.name:
             return f"the certificate is {caller.name}'s, and {FORWARDED} says otherwise"
         return ""
 

@@ -17,7 +17,7 @@ from edge_agent.link.config import Config
 from edge_agent.link.identity import Identity
 from edge_agent.link.outbox import Outbox, OutboxFailed
 from edge_agent.link.session import Reach, Session
-from edge_agent.link.telemetry import Telemetry
+from edge_agent.link.telemetry import Standing, Telemetry
 from edge_agent.link.warden import WardenLink
 from skerry import __version__
 from skerry.runtime import durable, lifecycle, log, nvml, sdnotify, settings, tls
@@ -169,7 +169,7 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         gateway_socket=config.gateway_socket,
         epoch=lambda: outbox.epoch,
         next_seq=outbox.next_sample_seq,
-        outbox_depth=outbox.depth,
+        standing=lambda: Standing(*outbox.depth(), session.rtt_ms()),
         before=outbox.last_totals(),
         offer=session.offer,
         routed=taking.routed,

@@ -110,6 +110,10 @@ class Session:
         """Whether the broker answered and has not been lost since."""
         return self._client is not None
 
+    def rtt_ms(self) -> float:
+        """The round trip to the broker, smoothed, as the kernel measures it; 0 without a connection."""
+        return mqtt.rtt_ms(self._client) if self._client is not None else 0.0
+
     def say_event(self, kind: str, subject: str = "", text: str = "") -> None:
         """Put an event into the outbox; on a full disk it is logged and counted by the gap in the numbers."""
         try:

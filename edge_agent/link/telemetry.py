@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -44,6 +45,38 @@ def since(now: GatewayTotals, before: GatewayTotals | None) -> list[ServeSample]
     return samples
 
 
+class Standing(NamedTuple):
+    """How the link to the coordinator stands: what waits to be confirmed, and the round trip to the broker, 0 where it is not known."""
+
+    outbox_events: int
+    outbox_samples: int
+    rtt_ms: float = 0.0
+
+
+class Network:
+    """What goes over the box's interfaces, loopback apart; an interface that comes, goes or counts from zero again is left out once."""
+
+    def __init__(self) -> None:
+        self._before: tuple[float, dict[str, tuple[int, int]]] = (0.0, {})
+
+    def rates(self) -> tuple[float, float]:
+        """Bytes received and sent per second since the last call; zeros at the first one, and where the kernel does not say."""
+        now = time.monotonic()
+        try:
+            counters = psutil.net_io_counters(pernic=True)
+        except (OSError, RuntimeError):
+            return 0.0, 0.0
+        found = {name: (one.bytes_recv, one.bytes_sent) for name, one in counters.items() if name != "lo"}
+        (at, before), self._before = self._before, (now, found)
+        grown = [
+            (received - before[name][0], sent - before[name][1])
+            for name, (received, sent) in found.items()
+            if name in before and received >= before[name][0] and sent >= before[name][1]
+        ]
+        elapsed_s = max(now - at, 0.001)
+        return round(sum(one[0] for one in grown) / elapsed_s, 1), round(sum(one[1] for one in grown) / elapsed_s, 1)
+
+
 class Telemetry:
     """Reads every ``every_s`` and hands each reading to ``offer``, with the gateway's counters up to which it counts.
 
@@ -58,7 +91,7 @@ class Telemetry:
         gateway_socket: Path,
         epoch: Callable[[], str],
         next_seq: Callable[[], int],
-        outbox_depth: Callable[[], tuple[int, int]],
+        standing: Callable[[], Standing],
         before: GatewayTotals | None,
         offer: Callable[[Sample, GatewayTotals | None], Awaitable[None]],
         routed: Callable[[GatewayTotals], None],
@@ -68,7 +101,8 @@ class Telemetry:
         self._gateway_socket = gateway_socket
         self._epoch = epoch
         self._next_seq = next_seq
-        self._outbox_depth = outbox_depth
+        self._standing = standing
+        self._network = Network()
         self._offer = offer
         self._routed = routed
         self._before = before
@@ -93,7 +127,8 @@ class Telemetry:
                 self._routed(totals)
                 totals = msgspec.structs.replace(totals, routed=[])
             serve, self._before = since(totals, self._before), totals
-        events, samples = self._outbox_depth()
+        link = self._standing()
+        received, sent = self._network.rates()
         return Sample(
             epoch=self._epoch(),
             seq=self._next_seq(),
@@ -102,8 +137,11 @@ class Telemetry:
             memory_used_bytes=psutil.virtual_memory().used,
             gpus=await self._gpu_samples(),
             serve=[sample for sample in serve if any((sample.latency, sample.refused, sample.failed, sample.late, sample.compared))],
-            outbox_events=events,
-            outbox_samples=samples,
+            outbox_events=link.outbox_events,
+            outbox_samples=link.outbox_samples,
+            network_received_bytes_per_s=received,
+            network_sent_bytes_per_s=sent,
+            link_rtt_ms=link.rtt_ms,
         )
 
     async def _gpu_samples(self) -> list[GpuSample]:

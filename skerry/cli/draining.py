@@ -1,4 +1,4 @@
-"""``skerry node drain`` and ``undrain``: a box that is to run nothing for a while."""
+"""``skerry node drain``, ``undrain`` and ``restart``: a box that is to run nothing for a while, or a replica that is to start anew."""
 
 import time
 from typing import Annotated
@@ -19,6 +19,7 @@ def attach(app: typer.Typer) -> None:
     """Add these commands to ``skerry node``."""
     app.command("drain")(drain)
     app.command("undrain")(undrain)
+    app.command("restart")(restart)
 
 
 @reporting
@@ -63,3 +64,18 @@ def undrain(name: Annotated[str, typer.Argument(help="the box")], as_json: Json 
     """Let a box run things again."""
     command.coordinator().call("DELETE", path_of("nodes", name, "drain"), type(None))
     output.done(f"{name} may run things again", as_json)
+
+
+@reporting
+def restart(
+    name: Annotated[str, typer.Argument(help="the box")],
+    replica: Annotated[str, typer.Argument(help="the replica, as 'skerry node show' names it")],
+    as_json: Json = False,
+) -> None:
+    """Have a replica started anew.
+
+    It goes as an update does: the new sandbox is started beside the old one where both fit and the deployment does not say otherwise. A box
+    that is away does it once it is back. One in a crash loop is tried again.
+    """
+    command.coordinator().call("POST", path_of("nodes", name, "replicas", replica, "restart"), type(None))
+    output.done(f"{replica} on {name} is to start anew; see 'skerry node show {name}'", as_json)

@@ -1,7 +1,9 @@
 """MQTT 5 through aiomqtt, as both ends of the fleet use it: TLS, session expiry, and the schema version on every message."""
 
 import contextlib
+import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator
 
 import aiomqtt
@@ -16,6 +18,7 @@ SESSION_EXPIRY_S = 3600
 CONNECT_TIMEOUT_S = 4.0
 """How long an answer to CONNECT may take; aiomqtt waits all of it when the connection breaks before the answer."""
 OPERATION_TIMEOUT_S = 10.0
+_RTT_AT = 68
 
 
 def _tls(broker: Broker, judge: tls.Judge | None) -> ssl.SSLContext | None:
@@ -88,3 +91,13 @@ def response_topic_of(message: aiomqtt.Message) -> str:
 def correlation_of(message: aiomqtt.Message) -> bytes:
     """What names the request that this message is, or answers; empty where nothing does."""
     return bytes(getattr(message.properties, "CorrelationData", b""))
+
+
+def rtt_ms(client: aiomqtt.Client) -> float:
+    """The round trip to the broker as TCP has smoothed it (tcpi_rtt in struct tcp_info, linux/tcp.h); 0 where the kernel does not say."""
+    connection = client._client.socket()
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RTT_AT + 4) if isinstance(connection, socket.socket) else b""
+    except OSError:
+        return 0.0
+    return round(int.from_bytes(info[_RTT_AT:], sys.byteorder) / 1000, 3) if len(info) == _RTT_AT + 4 else 0.0

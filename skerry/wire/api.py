@@ -21,7 +21,7 @@ from skerry.wire.messages import (
 
 NodeState = Literal["online", "unknown", "lost", "offline", "new", "revoked"]
 """``unknown``: silent, and nobody can tell a crash from a cut link; ``lost``: silent for long; ``offline``: its agent signed off."""
-SILENT = ("unknown", "lost", "offline")
+SILENT: tuple[NodeState, ...] = ("unknown", "lost", "offline")
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -385,12 +385,18 @@ class SplitView(msgspec.Struct, frozen=True):
 
 
 class LoadPoint(msgspec.Struct, frozen=True):
-    """A box's averages in one bucket."""
+    """A box's averages in one bucket. Of several GPUs ``gpu_ratio`` is the mean, ``temperature_c`` the hottest one's and ``power_w`` that
+    of all together; ``link_rtt_ms`` is to the broker, 0 where it is not known."""
 
     at_s: int
     cpu_ratio: float
     memory_used_bytes: int
     gpu_ratio: float
+    temperature_c: float = 0.0
+    power_w: float = 0.0
+    network_received_bytes_per_s: float = 0.0
+    network_sent_bytes_per_s: float = 0.0
+    link_rtt_ms: float = 0.0
 
 
 class LoadView(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ import msgspec
 
 from skerry.wire.bundle import Bundle
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """Moves together with ``wire/schema.json``; sent as the MQTT 5 user property ``schema``."""
 
 Tier = Literal["edge", "cloud"]
@@ -142,6 +142,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     """The box in whose place it runs here, where it is that of a box that was lost."""
     is_shadow: bool = False
     """Whether its answers are compared with the others', and given to nobody."""
+    attempt: Count = 0
+    """Raised to have it started anew although nothing else of it changed."""
 
 
 class Upstream(msgspec.Struct, frozen=True):
@@ -377,6 +379,9 @@ class Sample(msgspec.Struct, frozen=True):
 
     Of a box that was cut off for long a reading may stand for several, ``readings`` of them with the numbers from ``first_seq`` to
     ``seq``, over ``width_ms`` from ``at_ms`` on: counts are their sum, all else their mean.
+
+    ``network_*`` is what went over all of the box's interfaces but loopback; ``link_rtt_ms`` is the round trip to the broker as the kernel
+    measures it on that connection, 0 where it does not.
     """
 
     epoch: str
@@ -391,6 +396,9 @@ class Sample(msgspec.Struct, frozen=True):
     first_seq: Count = 0
     readings: Annotated[int, msgspec.Meta(ge=1, le=10**7)] = 1
     width_ms: Annotated[int, msgspec.Meta(ge=0, le=3_600_000)] = 0
+    network_received_bytes_per_s: Reading = 0.0
+    network_sent_bytes_per_s: Reading = 0.0
+    link_rtt_ms: Reading = 0.0
 
     @property
     def first(self) -> int:

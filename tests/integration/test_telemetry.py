@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from edge_agent.link.outbox import Outbox
-from edge_agent.link.telemetry import Telemetry
+from edge_agent.link.telemetry import Standing, Telemetry
 from skerry.wire import codec
 from skerry.wire.box import GatewayTotals, Routed, ServeTotals
 from skerry.wire.messages import GpuSample
@@ -52,7 +52,7 @@ def test_each_decision_is_an_event_once_over_two_agents_and_the_counters_are_kep
             gateway_socket=tmp_path / "g",
             epoch=lambda: outbox.epoch,
             next_seq=outbox.next_sample_seq,
-            outbox_depth=outbox.depth,
+            standing=lambda: Standing(*outbox.depth(), 3.5),
             before=outbox.last_totals(),
             offer=offer,
             routed=lambda totals: outbox.add_routed("request.routed", totals, at_ms=60_000),
@@ -93,7 +93,7 @@ def test_a_gpu_driver_that_hangs_or_fails_costs_its_own_readings_and_nothing_els
 
         telemetry = Telemetry(
             every_s=0.05, gateway_socket=tmp_path / "none", epoch=lambda: "e", next_seq=lambda: len(seen) + 1,
-            outbox_depth=lambda: (0, 0), before=None, offer=offer, routed=lambda _: None, read_gpus=read_gpus,
+            standing=lambda: Standing(0, 0), before=None, offer=offer, routed=lambda _: None, read_gpus=read_gpus,
         )  # fmt: skip
         async with asyncio.timeout(30):
             await telemetry.run(stop)

@@ -158,7 +158,9 @@ async function readStream(signal) {
     heard();
     const lines = (rest + value).split("\n");
     rest = lines.pop();
-    if (lines.some((line) => line.startsWith("event: ") && topics.has(line.slice(7).trim()))) lookSoon();
+    const told = new Set(lines.filter((line) => line.startsWith("event: ")).map((line) => line.slice(7).trim()));
+    if (told.size) document.dispatchEvent(new CustomEvent("skerry:news", { detail: told }));
+    if ([...told].some((topic) => topics.has(topic))) lookSoon();
   }
 }
 

@@ -1,9 +1,11 @@
 // Draws the plots from /v1/split and /v1/nodes/{id}/load with uPlot (vendor/uplot, a classic script: window.uPlot).
 
+import { ink } from "./ink.js";
 import { hours } from "./times.js";
 
 const EVERY_MS = 2500;
 const WHOLE_EVERY_MS = 60_000;
+const MARKS_EVERY_MS = 10_000;
 const BINS = 180;
 const LAG_S = 4; // boxes and the coordinator gather before they write
 const WHO = ["edge", "peer", "cloud", "refused"];
@@ -97,11 +99,21 @@ function memoryData({ at, held }) {
   return { own: [row], data: [at, row] };
 }
 
+/** One row of what was read, in another unit; a 0 that stands for "not known" is left out. */
+function levelData({ at, held }, key, factor = 1, isKnown = () => true) {
+  const row = held.map((points) => scaled(mean(points.filter((point) => isKnown(point[key])), key), factor));
+  return { own: [row], data: [at, row] };
+}
+
+function networkData({ at, held }) {
+  const rows = ["network_received_bytes_per_s", "network_sent_bytes_per_s"].map((key) => held.map((points) => scaled(mean(points, key), 1 / 1000)));
+  return { own: rows, data: [at, ...rows] };
+}
+
 const scaled = (value, factor) => (value === null ? null : value * factor);
 
 // -- drawing
 
-const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const short = (value) => (value === null || value === undefined ? "–" : value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString());
 const area = (name) => ({ stroke: ink(name), fill: ink(name), width: 0, points: { show: false } });
 const line = (name, extra = {}) => ({ stroke: ink(name), width: 1.75, points: { show: false }, ...extra });
@@ -145,6 +157,86 @@ const KINDS = {
   },
 };
 
+const LOAD = { path: ({ node }) => `/v1/nodes/${encodeURIComponent(node)}/load`, empty: "Nothing was measured in this time." };
+Object.assign(KINDS, {
+  temperature: {
+    ...LOAD,
+    data: (bins) => levelData(bins, "temperature_c", 1, (value) => value > 0),
+    series: () => [line("p99")],
+    range: () => upTo((max) => Math.max(60, max * 1.12)),
+    words: (own, i) => `${short(own[0][i])} °C`,
+  },
+  power: {
+    ...LOAD,
+    data: (bins) => levelData(bins, "power_w"),
+    series: () => [line("edge", { fill: ink("edge-soft") })],
+    range: () => upTo((max) => Math.max(10, max * 1.12)),
+    words: (own, i) => `${short(own[0][i])} W`,
+  },
+  network: {
+    ...LOAD,
+    data: (bins) => networkData(bins),
+    series: () => [line("p50"), line("p99")],
+    range: () => upTo((max) => Math.max(1, max * 1.12)),
+    words: (own, i) => `received ${short(own[0][i])} kB/s, sent ${short(own[1][i])} kB/s`,
+  },
+  rtt: {
+    ...LOAD,
+    data: (bins) => levelData(bins, "link_rtt_ms", 1, (value) => value > 0),
+    series: () => [line("edge")],
+    range: () => upTo((max) => Math.max(0.2, max * 1.2)),
+    words: (own, i) => `${own[0][i] === null ? "–" : own[0][i].toFixed(2)} ms`,
+    empty: "The kernel did not say how long it takes.",
+  },
+});
+
+// -- what happened, marked in the plots of a box or a deployment
+
+const MARKED = /\.(silent|online|offline|lost|failed|ended|ready|restart|drained|undrained|back|up|down|updated|taken_back)$/;
+
+/** The latest events of what a page is about. */
+class Marks {
+  constructor({ node, deployment }) {
+    this.query = new URLSearchParams({ limit: 200, except_kind: "request.routed", ...(node ? { node } : { subject: deployment }) });
+    this.events = [];
+    this.lookedAt = -Infinity;
+  }
+
+  async refresh() {
+    if (performance.now() - this.lookedAt < MARKS_EVERY_MS) return;
+    this.lookedAt = performance.now();
+    const response = await fetch(`/v1/events?${this.query}`, { cache: "no-store" });
+    if (!response.ok) throw new Error(`${response.status}`);
+    this.events = (await response.json()).filter((event) => MARKED.test(event.kind));
+  }
+
+  /** Those between two moments, the oldest first. */
+  within(fromS, toS) {
+    return this.events.filter((event) => event.at_ms / 1000 >= fromS && event.at_ms / 1000 < toS).reverse();
+  }
+
+  draw(u) {
+    const pen = u.ctx;
+    pen.save();
+    for (const event of this.within(u.scales.x.min, u.scales.x.max)) {
+      const x = Math.round(u.valToPos(event.at_ms / 1000, "x", true)) + 0.5;
+      pen.strokeStyle = pen.fillStyle = ink(/(silent|lost|failed|ended|taken_back)$/.test(event.kind) ? "bad" : "muted");
+      pen.globalAlpha = 0.7;
+      pen.setLineDash([3, 3]);
+      pen.beginPath();
+      pen.moveTo(x, u.bbox.top);
+      pen.lineTo(x, u.bbox.top + u.bbox.height);
+      pen.stroke();
+      pen.beginPath();
+      pen.moveTo(x - 4, u.bbox.top);
+      pen.lineTo(x + 4, u.bbox.top);
+      pen.lineTo(x, u.bbox.top + 6);
+      pen.fill();
+    }
+    pen.restore();
+  }
+}
+
 class Plot {
   constructor(figure, source) {
     this.figure = figure;
@@ -152,6 +244,7 @@ class Plot {
     this.kind = KINDS[figure.dataset.plot];
     this.canvas = figure.querySelector(".canvas");
     this.readout = figure.querySelector(".readout");
+    this.marks = null;
     this.heardBy = null; // the source that says when the box was heard, for plots of one box
     this.uplot = null;
     this.own = [];
@@ -202,14 +295,17 @@ class Plot {
         { ...text, space: 28, size: 46, gap: 6, grid: { stroke: ink("line"), width: 1 }, values: (_, splits) => splits.map((v) => String(+v.toFixed(2))) },
       ],
       series: [{}, ...this.kind.series(this.figure.dataset)],
-      hooks: { setCursor: [(u) => this.say(u.cursor.idx)] },
+      hooks: { setCursor: [(u) => this.say(u.cursor.idx)], draw: [(u) => this.marks?.draw(u)] },
     };
     this.uplot = new window.uPlot(options, data, this.canvas);
   }
 
   say(index) {
     const at = this.uplot?.data[0][index];
-    this.readout.textContent = at === undefined ? "" : `${hours.format(new Date(at * 1000))}: ${this.kind.words(this.own, index)}`;
+    const next = this.uplot?.data[0][index + 1] ?? at + 60;
+    const events = at === undefined || !this.marks ? [] : this.marks.within(at, next).map((event) => event.kind);
+    const words = at === undefined ? "" : this.kind.words(this.own, index);
+    this.readout.textContent = at === undefined ? "" : `${hours.format(new Date(at * 1000))}: ${words}${events.length ? `; ${[...new Set(events)].join(", ")}` : ""}`;
   }
 
   /** The legend's sums, over the same bins. */
@@ -243,9 +339,16 @@ export function startPlots() {
     if (!sources.has(path)) sources.set(path, new Source(path, Number(figure.dataset.minutes)));
     return sources.get(path);
   };
+  const marked = new Map();
+  const marksOf = ({ dataset }) => {
+    const key = `${dataset.node} ${dataset.deployment}`;
+    if (!marked.has(key)) marked.set(key, new Marks(dataset));
+    return marked.get(key);
+  };
   const plots = figures.map((figure) => {
     const plot = new Plot(figure, sourceOf(figure.dataset.plot, figure));
     if (figure.dataset.node) plot.heardBy = sourceOf("load", figure);
+    if (figure.dataset.node || figure.dataset.deployment) plot.marks = marksOf(figure);
     return plot;
   });
   let isBusy = false;
@@ -253,7 +356,7 @@ export function startPlots() {
     if (isBusy || document.hidden) return;
     isBusy = true;
     try {
-      await Promise.all([...sources.values()].map((source) => source.refresh()));
+      await Promise.all([...sources.values(), ...marked.values()].map((source) => source.refresh()));
       plots.forEach((plot) => plot.draw());
     } catch {
       // The banner says that the coordinator is away; what was drawn stays.

@@ -1,0 +1,55 @@
+"""The fleet at a glance: its numbers, every deployment in short, and every box in a letter."""
+
+from aiohttp import web
+
+from coordinator.api.access import Access
+from coordinator.api.answers import Handler, json_answer, refuse
+from coordinator.api.calls import Call, checked, number, search_of
+from coordinator.glance import Glance
+from skerry.wire.api import StatusView
+from skerry.wire.fleet import FleetView, MapView
+
+MOST_LABEL_CHARS = 128
+CALLS = [
+    Call("GET", "/v1/status", "status", "The fleet in numbers", StatusView),
+    Call(
+        "GET", "/v1/fleet", "show_fleet", "Boxes by state, those that need a look, and every deployment in short", FleetView,
+        query={"minutes": "1 to 2880, default 60: over which it is told what was answered in time"},
+    ),
+    Call(
+        "GET", "/v1/map", "show_map", "Every box in a letter, put together by a label", MapView,
+        query={
+            "q": "words that all must hold, as in /v1/nodes", "by": "a label, default site",
+            "layout": "of an earlier answer: where boxes are as they were, the letters alone come",
+        },
+    ),
+]  # fmt: skip
+
+
+class GlanceCalls:
+    """The handlers of CALLS."""
+
+    def __init__(self, glance: Glance, access: Access) -> None:
+        self._glance = glance
+        self._access = access
+
+    def handler(self, call: Call) -> Handler:
+        """The call's method, behind the check of who calls."""
+        return checked(self._access, call, getattr(self, call.handler))
+
+    async def status(self, _: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._glance.status())
+
+    async def show_fleet(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._glance.fleet(minutes=number(request, "minutes", 60, most=2880)))
+
+    async def show_map(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        by = request.query.get("by", "site")
+        if not by or len(by) > MOST_LABEL_CHARS or not by.isprintable():
+            raise refuse(400, "invalid_query", "by: not the name of a label", field="by")
+        answer = json_answer(await self._glance.map(search_of(request), by=by, layout=request.query.get("layout", "")[:64]))
+        answer.enable_compression()
+        return answer

@@ -1,0 +1,106 @@
+"""A model version, the network that is in its file, and trying it on a box."""
+
+from aiohttp import web
+
+from coordinator.api.access import Access
+from coordinator.api.answers import Handler, json_answer, refuse
+from coordinator.api.calls import Call, checked, model_version, unknown
+from coordinator.gateways import Gateways, NotAnswered
+from coordinator.model_store import ModelStore, NotTaken
+from coordinator.views import Views
+from skerry.wire import codec
+from skerry.wire.api import ModelView, NodeView
+from skerry.wire.model_graph import ModelGraph
+
+MOST_BODY_BYTES = 16 * 2**20
+MOST_TRIED = 3
+"""Boxes that are asked one after the other."""
+CALLS = [
+    Call("GET", "/v1/models/{name}/versions/{version}", "show_model", "One model version", ModelView),
+    Call("GET", "/v1/models/{name}/versions/{version}/graph", "show_graph", "The network in its file", ModelGraph),
+    Call(
+        "POST", "/v1/deployments/{name}/infer", "try_deployment",
+        "Have a box answer one request, as its own callers would have it: the body and the answer are the Open Inference Protocol's",
+        "application/json", role="operator", body="application/json", query={"node": "that box; any that has it ready where none is named"},
+    ),
+]  # fmt: skip
+
+
+class ModelCalls:
+    """The handlers of CALLS."""
+
+    def __init__(self, views: Views, store: ModelStore, gateways: Gateways, access: Access) -> None:
+        self._views = views
+        self._store = store
+        self._gateways = gateways
+        self._access = access
+
+    def handler(self, call: Call) -> Handler:
+        """The call's method, behind the check of who calls."""
+        return checked(self._access, call, getattr(self, call.handler))
+
+    async def show_model(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        return json_answer(await self._model(request))
+
+    async def show_graph(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        model = await self._model(request)
+        try:
+            answer = json_answer(await self._store.graph(model.sha256))
+        except NotTaken as exc:
+            raise refuse(409, exc.code, f"the network of {model.name}:{model.version} can't be shown: {exc}") from exc
+        answer.enable_compression()
+        return answer
+
+    async def _model(self, request: web.Request) -> ModelView:
+        name, version = model_version(request)
+        found = next((one for one in await self._views.models() if (one.name, one.version) == (name, version)), None)
+        if found is None:
+            raise unknown("model", f"{name}:{version}", "skerry model list")
+        return found
+
+    async def try_deployment(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name = request.match_info["name"]
+        if (request.content_length or 0) > MOST_BODY_BYTES:
+            raise refuse(413, "too_large", f"the request has more than {MOST_BODY_BYTES} bytes")
+        body = await request.content.read(MOST_BODY_BYTES + 1)
+        while len(body) <= MOST_BODY_BYTES and (more := await request.content.read(MOST_BODY_BYTES)):
+            body += more
+        if len(body) > MOST_BODY_BYTES:
+            raise refuse(413, "too_large", f"the request has more than {MOST_BODY_BYTES} bytes")
+        reasons = []
+        for node in (await self._hosts(name, request.query.get("node", "")))[:MOST_TRIED]:
+            try:
+                asked = await self._gateways.infer(node.id, node.gateway_url, name, body, dict(request.headers))
+            except NotAnswered as exc:
+                reasons.append(str(exc))
+                continue
+            if asked.status >= 300:
+                raise _refusal(node.id, asked.status, asked.body, asked.headers)
+            return web.Response(body=asked.body, headers=asked.headers)
+        raise refuse(502, "not_answered", "; ".join(reasons) or "no box answered")
+
+    async def _hosts(self, name: str, wanted: str) -> list[NodeView]:
+        """Boxes that have it ready and are heard, one that is named alone. Raises Refused."""
+        view = await self._views.deployment(name)
+        if view is None:
+            raise unknown("deployment", name, "skerry deployment list")
+        ready = sorted({one.node for one in view.placements if one.phase == "ready" and wanted in ("", one.node)})
+        found = [node for node in await self._views.some(ready[: 4 * MOST_TRIED]) if node.state == "online" and node.gateway_url]
+        if not found:
+            where = f"on box {wanted[:80]!r}" if wanted else "on any box that is heard"
+            raise refuse(409, "not_ready", f"{name} is not ready {where}", hint=f"see 'skerry deployment show {name}'")
+        return found
+
+
+def _refusal(node: str, status: int, body: bytes, headers: dict[str, str]) -> Exception:
+    """The box's own words."""
+    try:
+        words = str(codec.decode(body[: codec.MAX_MESSAGE_BYTES], dict[str, object]).get("error", ""))
+    except codec.Malformed:
+        words = ""
+    hint = f"try again in {headers['Retry-After']} s" if headers.get("Retry-After", "").isdecimal() else ""
+    kind = 422 if 400 <= status < 500 else 503
+    return refuse(kind, "refused_by_box", f"box {node}: {words[:500] or f'status {status}'}", hint=hint)

@@ -1,0 +1,73 @@
+"""Boxes' gateways, as the coordinator asks them: for an operator who tries a model, and for nothing else.
+
+Where a box's gateway is, the box says itself. Over TLS it must show the certificate of that very box; without, it is asked only where the
+coordinator itself does without. What comes back is bounded and never followed elsewhere.
+"""
+
+import ssl
+from collections.abc import Callable
+
+import aiohttp
+import msgspec
+
+from skerry.wire.identity import Subject
+
+TIMEOUT_S = 15.0
+CONNECT_TIMEOUT_S = 3.0
+MOST_ANSWER_BYTES = 64 * 2**20
+PASSED_ON = ("Content-Type", "Inference-Header-Content-Length")
+TOLD = (
+    "Content-Type",
+    "Inference-Header-Content-Length",
+    "Skerry-Served-By",
+    "Skerry-Node",
+    "Skerry-Reason",
+    "Server-Timing",
+    "Retry-After",
+)
+"""Headers of an answer that are passed back."""
+
+
+class NotAnswered(Exception):
+    """The box's gateway was not reached, or said what is no answer."""
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a gateway answered."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Gateways:
+    """``context`` gives what is shown and believed over TLS, None where the coordinator has none: then ``http`` will do."""
+
+    def __init__(self, fleet: str, context: Callable[[], ssl.SSLContext] | None) -> None:
+        self._fleet = fleet
+        self._context = context
+
+    async def infer(self, node: str, url: str, deployment: str, body: bytes, headers: dict[str, str]) -> Asked:
+        """One request of the Open Inference Protocol. Raises NotAnswered."""
+        scheme = url.partition("://")[0]
+        if scheme != "https" and (scheme != "http" or self._context is not None):
+            raise NotAnswered(f"box {node} says that its gateway is at {url[:200]!r}, which is not over TLS")
+        secured = self._context() if scheme == "https" and self._context is not None else None
+        name = Subject(self._fleet, "gateway", node).dns_name if secured is not None else None
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session,
+                session.post(
+                    f"{url.rstrip('/')}/v2/models/{deployment}/infer", data=body, allow_redirects=False, ssl=secured or True,
+                    server_hostname=name, headers={key: headers[key] for key in PASSED_ON if key in headers},
+                ) as response,
+            ):  # fmt: skip
+                answer = await response.content.read(MOST_ANSWER_BYTES + 1)
+                while len(answer) <= MOST_ANSWER_BYTES and (more := await response.content.read(MOST_ANSWER_BYTES)):
+                    answer += more
+                if len(answer) > MOST_ANSWER_BYTES:
+                    raise NotAnswered(f"box {node} answered with more than {MOST_ANSWER_BYTES} bytes")
+                return Asked(response.status, {key: response.headers[key][:2000] for key in TOLD if key in response.headers}, answer)
+        except (aiohttp.ClientError, ssl.SSLError, OSError, ValueError) as exc:
+            raise NotAnswered(f"box {node}: {str(exc)[:300] or type(exc).__name__}") from exc

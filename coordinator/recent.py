@@ -1,0 +1,76 @@
+"""Answers that many ask for and that cost something: made once for all who wait, and again when something changed since."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any, TypeVar
+
+from coordinator.news import News
+
+T = TypeVar("T")
+
+MOST = 64
+"""Answers that are kept."""
+CHEAP_S = 0.05
+REST = 4.0
+"""What takes longer than CHEAP_S is made again this many times its own duration later at the soonest: a large fleet changes all the time,
+and those who look at it must not take the processor from those who run it."""
+LONGEST_REST_S = 10.0
+BY_ITSELF_S = 1.0
+"""How old an answer may be although nothing changed: sums over the last seconds do so by themselves."""
+
+
+class _Made:
+    """One answer, made from what stood in ``version`` of the news; ``cost_s`` is known once it is there."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.task: asyncio.Task[Any] | None = None
+        self.ended = 0.0
+        self.cost_s = 0.0
+
+
+class Recent:
+    """Kept by key."""
+
+    def __init__(self, news: News) -> None:
+        self._news = news
+        self._made: OrderedDict[Hashable, _Made] = OrderedDict()
+
+    async def get(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        """The answer, of the last change but for what REST allows. Raises what ``make`` raises, to all who wait for it."""
+        held = self._made.get(key)
+        if held is None or not self._is_good(held):
+            held = self._begin(key, make, before=held)
+        self._made.move_to_end(key)
+        assert held.task is not None  # noqa: S101 - begun
+        answer: T = await asyncio.shield(held.task)
+        return answer
+
+    def _begin(self, key: Hashable, make: Callable[[], Awaitable[T]], *, before: _Made | None) -> _Made:
+        made = _Made(self._news.version)
+        made.cost_s = before.cost_s if before else 0.0
+
+        async def timed() -> T:
+            began = time.monotonic()
+            answer = await make()
+            made.ended = time.monotonic()
+            made.cost_s = made.ended - began
+            return answer
+
+        made.task = asyncio.create_task(timed(), name="coordinator.recent")
+        self._made[key] = made
+        while len(self._made) > MOST:
+            self._made.popitem(last=False)
+        return made
+
+    def _is_good(self, held: _Made) -> bool:
+        rest_s = min(LONGEST_REST_S, REST * held.cost_s) if held.cost_s > CHEAP_S else 0.0
+        is_of_now = held.version == self._news.version
+        if held.task is None or not held.task.done():
+            return is_of_now or rest_s > 0
+        if held.task.cancelled() or held.task.exception() is not None:
+            return False
+        age_s = time.monotonic() - held.ended
+        return age_s < (max(rest_s, BY_ITSELF_S) if is_of_now else rest_s)

@@ -1,0 +1,110 @@
+"""The whole fleet at a glance: sums and single letters, made by SQLite; no box's documents are read for them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from sqlite_utils import Database as Tables
+
+from coordinator.core.search import Search
+from coordinator.registry.events import Stream
+from coordinator.registry.finding import STATES, where
+from skerry.wire.fleet import Cell
+
+FAILED = "n.id IN (SELECT node FROM said WHERE phase = 'failed')"
+BACKS_OFF = "n.id IN (SELECT node FROM said WHERE phase = 'backoff')"
+REFUSES = "n.id IN (SELECT id FROM nodes WHERE refused != '')"
+DRAINED = "n.id IN (SELECT node FROM drained)"
+TOLD = "coalesce((SELECT d.generation FROM desired d WHERE d.node = n.id), 0)"
+_CELLS: dict[Cell, str] = {
+    "x": STATES["revoked"],
+    "l": STATES["lost"],
+    "s": STATES["unknown"],
+    "g": STATES["offline"],
+    "n": STATES["new"],
+    "f": f"({REFUSES} OR {FAILED})",
+    "t": BACKS_OFF,
+    "d": DRAINED,
+}
+"""The first that holds counts; one for which none does is well."""
+CELL = "CASE " + " ".join(f"WHEN {condition} THEN '{letter}'" for letter, condition in _CELLS.items()) + " ELSE 'o' END"
+# As coordinator/console/verdict.py weighs them; a box may have more than one trouble, and counts by its worst.
+WEIGHT = f"""CASE WHEN {STATES["revoked"]} THEN NULL WHEN {STATES["lost"]} OR n.said_generation > {TOLD} OR {REFUSES} OR {FAILED} THEN 0
+    WHEN {STATES["unknown"]} OR {STATES["offline"]} OR {BACKS_OFF} THEN 1 WHEN n.online = 1 AND n.said_generation != {TOLD} THEN 2
+    WHEN {DRAINED} THEN 3 ELSE NULL END"""
+
+
+class Needy(msgspec.Struct, frozen=True):
+    """Boxes that need a look, the worst first and so many at the most; ``urgent`` is how many there are in all, those apart that only
+    settle or are drained."""
+
+    names: list[str]
+    urgent: int
+
+
+def read_needy(tables: Tables, *, limit: int) -> Needy:
+    """Those of the whole fleet."""
+    rows = list(tables.query(f"SELECT * FROM (SELECT n.id AS id, {WEIGHT} AS weight FROM nodes n) WHERE weight IS NOT NULL"))  # noqa: S608 - constants
+    rows.sort(key=lambda row: (row["weight"], row["id"]))
+    return Needy([row["id"] for row in rows[:limit]], sum(1 for row in rows if row["weight"] < 2))
+
+
+def read_cells(tables: Tables, search: Search, by: str) -> list[tuple[str, str, str]]:
+    """The boxes that are looked for: the value of their label ``by`` ("" where they have none), name and letter, in that order."""
+    condition, values = where(search)
+    rows = tables.query(
+        f"SELECT coalesce(l.value, '') AS value, n.id AS id, {CELL} AS cell FROM nodes n"  # noqa: S608 - constants
+        f" LEFT JOIN node_labels l ON l.node = n.id AND l.key = ? WHERE {condition} ORDER BY value, n.id",
+        [by, *values],
+    )
+    return [(row["value"], row["id"], row["cell"]) for row in rows]
+
+
+def read_label_keys(tables: Tables, *, most: int) -> list[str]:
+    """By which boxes can be put together, those first that most boxes have."""
+    rows = tables.query("SELECT key FROM node_labels GROUP BY key ORDER BY count(*) DESC, key LIMIT ?", [most])
+    return [row["key"] for row in rows]
+
+
+def read_running(tables: Tables, deployment: str) -> set[tuple[str, str]]:
+    """Box and name of its replicas that are ready and what was last told."""
+    rows = tables.conn.execute(
+        "SELECT t.node, t.replica FROM told t JOIN said s USING (deployment, node, replica)"
+        " WHERE t.deployment = ? AND s.phase = 'ready' AND s.generation = t.generation AND s.sha256 = t.sha256",
+        [deployment],
+    )
+    return {(row[0], row[1]) for row in rows}
+
+
+def read_silent(tables: Tables) -> set[str]:
+    """Boxes of which nothing is heard now."""
+    rows = tables.query(f"SELECT n.id AS id FROM nodes n WHERE {STATES['unknown']} OR {STATES['lost']} OR {STATES['offline']}")  # noqa: S608 - constants
+    return {row["id"] for row in rows}
+
+
+class Streams(msgspec.Struct, frozen=True):
+    """Numbers that boxes gave out: those that may still come, and those that never will."""
+
+    missing: int
+    lost: int
+
+
+def read_streams(tables: Tables) -> dict[Stream, Streams]:
+    """Of all boxes."""
+    kinds: Sequence[Stream] = ("events", "samples")
+    return {kind: Streams(_sum(tables, _MISSING, kind), _sum(tables, _LOST, kind)) for kind in kinds}
+
+
+# total() and not sum(): numbers of a box in an enemy's hands add up to more than SQLite's whole numbers hold.
+_MISSING = """SELECT CAST(min(9007199254740992, total(json_extract(g.value, '$[1]') - json_extract(g.value, '$[0]') + 1)) AS INTEGER) AS n
+    FROM numberings, json_each(numbering, '$.gaps') g WHERE stream = ? AND json_array_length(numbering, '$.gaps') > 0"""
+_LOST = "SELECT CAST(min(9007199254740992, total(lost)) AS INTEGER) AS n FROM numberings WHERE stream = ?"
+
+
+def _sum(tables: Tables, query: str, *values: Any) -> int:
+    return int(next(iter(tables.query(query, values)))["n"])
+
+
+def count_events(tables: Tables) -> int:
+    """On record."""
+    return _sum(tables, "SELECT count(*) AS n FROM events")

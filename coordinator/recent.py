@@ -34,8 +34,9 @@ class _Made:
 class Recent:
     """Kept by key."""
 
-    def __init__(self, news: News) -> None:
+    def __init__(self, news: News, *, by_itself_s: float = BY_ITSELF_S) -> None:
         self._news = news
+        self._by_itself_s = by_itself_s
         self._made: OrderedDict[Hashable, _Made] = OrderedDict()
 
     async def get(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
@@ -73,4 +74,4 @@ class Recent:
         if held.task.cancelled() or held.task.exception() is not None:
             return False
         age_s = time.monotonic() - held.ended
-        return age_s < (max(rest_s, BY_ITSELF_S) if is_of_now else rest_s)
+        return age_s < (max(rest_s, self._by_itself_s) if is_of_now else rest_s)

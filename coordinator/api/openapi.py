@@ -11,8 +11,8 @@ from skerry import __version__
 from skerry.wire.api import ProblemBody
 
 EVERY = [
-    *CALLS,
     *glance.CALLS,
+    *CALLS,
     *deployments.CALLS,
     *enrolment.CALLS,
     *accounts.CALLS,

@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from coordinator.ca.authority import DAY_MS, Authority, requested_key
+from coordinator.gateways import Gateways, NotAnswered
 from skerry.demo.fleet import free_ports
 from skerry.runtime import keys
 from skerry.runtime.proved_time import uptime_ms
@@ -210,7 +211,8 @@ def strangers(folder: Path, authority: Authority) -> dict[str, tuple[Stranger, i
         "without a certificate": (Stranger(folder / "s-none", authority, None, trusts=authority), 0, ""),
         "of another authority": (of("authority", "gateway", by=other), 0, ""),
         "with the box's own certificate": (of("box", "box"), 403, "gateways alone"),
-        "with the coordinator's": (of("coordinator", "coordinator"), 403, "gateways alone"),
+        "with the broker's": (of("broker", "broker"), 403, "gateways alone"),
+        "the coordinator in another's name": (of("coordinator", "coordinator"), 403, "asks for itself"),
         "of another site": (of("site", "gateway", site="bank"), 403, "of site bank"),
         "of no site": (of("nowhere", "gateway", site=""), 403, "of site none"),
         "of another fleet": (of("fleet", "gateway", fleet="south"), 403, "of fleet south"),
@@ -232,6 +234,33 @@ def test_a_stranger_is_turned_away_and_a_neighbour_gets_inference_alone(folder, 
                 assert (status, "nothing else" in text) == (403, True), (method, path, text)
             status, text = await asyncio.to_thread(neighbour.ask, one, says="store-9")
             assert (status, "store-2's" in text) == (403, True), text
+
+    asyncio.run(scene())
+
+
+def test_the_coordinator_asks_a_box_for_who_tries_a_model_and_takes_no_other_for_it(folder, authority):
+    async def scene() -> None:
+        async with running(folder, authority, "store-1", "store-2") as (one, two):
+            own = Stranger(folder / "s-own", authority, Subject(FLEET, "coordinator", "coordinator"), trusts=authority)
+            own.context.check_hostname = True
+            gateways = Gateways(FLEET, lambda: own.context)
+            url = f"https://127.0.0.1:{one.door}"
+            asked = await gateways.infer("store-1", url, "echo", BODY, {"Content-Type": "application/json", "Skerry-Forwarded": "x"})
+            assert (asked.status, asked.headers["Skerry-Served-By"], asked.headers["Skerry-Node"]) == (200, "edge", "store-1")
+            assert b"outputs" in asked.body
+            for node, where, why in (
+                ("store-2", url, "certificate"),  # another box answers there
+                ("store-1", f"http://127.0.0.1:{one.port}", "not over TLS"),
+                ("store-1", "file:///etc/passwd", "not over TLS"),
+                ("store-1", "https://127.0.0.1:1", "store-1"),
+                ("store-1", "https://[", "store-1"),
+            ):
+                with pytest.raises(NotAnswered, match=why):
+                    await gateways.infer(node, where, "echo", BODY, {})
+            one.serve(two.as_upstream(), here=False)
+            await one.until(lambda: one.ask()[1].get("skerry-served-by") == "peer")
+            asked = await gateways.infer("store-1", url, "echo", BODY, {})
+            assert asked.headers["Skerry-Node"] == "store-2", "it is asked as any caller asks, and passes on as for any"
 
     asyncio.run(scene())
 

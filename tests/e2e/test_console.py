@@ -1,7 +1,6 @@
 """The console as people use it: a whole fleet, a real browser, wide and narrow."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,19 +10,12 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import expect
 
 from skerry.wire.api import LoginLink, NodeView
-from tests.conftest import need
+from tests.e2e.visitor import LIVE_MS, Visitor
 from tests.e2e.world import World, running, wait_until
 
-CHROMIUM = "/usr/bin/chromium"
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-SIZES = {1280: {"width": 1280, "height": 900}, 390: {"width": 390, "height": 844}}
-LIVE_MS = 20_000
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 
 
@@ -44,15 +36,6 @@ def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, Message, by
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    need("chromium", "" if shutil.which(CHROMIUM) else f"{CHROMIUM} is not there")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def world(browser, scale_model) -> Iterator[World]:
     with running() as world:
         world.push(scale_model, "scale")
@@ -62,49 +45,6 @@ def world(browser, scale_model) -> Iterator[World]:
         world.do(world.fleet.start_process("store-2.agent"))
         wait_until(lambda: "note" in world.node("store-2").labels and world.node("store-2").state == "online", 20)
         yield world
-
-
-class Visitor:
-    """A browser of one size; what its pages complained about and asked for is kept."""
-
-    def __init__(self, browser: Browser, world: World, width: int) -> None:
-        self.world = world
-        self.context = browser.new_context(viewport=SIZES[width])
-        self.page: Page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text) if message.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-
-    def open(self, path: str) -> Page:
-        self.page.goto(self.world.fleet.url + path)
-        return self.page
-
-    def log_in(self) -> Page:
-        link = self.world.api.call("POST", "/v1/login-links", LoginLink)
-        self.page.goto(link.url)
-        self.page.wait_for_url(self.world.fleet.url + "/")
-        return self.page
-
-    def path(self) -> str:
-        parts = urlsplit(self.page.url)
-        return parts.path + (f"?{parts.query}" if parts.query else "")
-
-    def foreign(self) -> list[str]:
-        return [url for url in self.asked if not url.startswith(self.world.fleet.url + "/")]
-
-
-@pytest.fixture(params=sorted(SIZES))
-def width(request) -> int:
-    return request.param
-
-
-@pytest.fixture
-def visitor(browser, world, width) -> Iterator[Visitor]:
-    visitor = Visitor(browser, world, width)
-    yield visitor
-    visitor.context.close()
 
 
 @pytest.mark.parametrize("width", [1280], indirect=True)

@@ -104,7 +104,7 @@ class FleetMap {
       swatch.getContext("2d").drawImage(this.tile(cell, 12), 0, 0);
       const state = STATES[cell][3];
       const word = state ? Object.assign(document.createElement("a"), { href: `/nodes?q=state:${state}`, textContent: STATES[cell][0] }) : STATES[cell][0];
-      item.append(swatch, word, Object.assign(document.createElement("b"), { textContent: counts[cell].toLocaleString() }));
+      item.append(swatch, word, " ", Object.assign(document.createElement("b"), { textContent: counts[cell].toLocaleString() }));
       return item;
     }));
     this.canvas.setAttribute("aria-label", `Map of ${this.cells.length} boxes: ${FIRST.filter((cell) => counts[cell]).map((cell) => `${counts[cell]} ${STATES[cell][0]}`).join(", ")}. Arrow keys move from box to box, Enter opens one.`);

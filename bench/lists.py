@@ -2,9 +2,9 @@
 
 ``python -m bench.lists [--boxes N] [--rounds N]``
 
-The coordinator is the real program, on a registry that was filled by its own functions: boxes that were enrolled, said what they are,
-were told what to do and reported. A caller asks one thing after the other: the first page, a page in the middle, boxes by part of a name,
-by a label and by state, as JSON and as the console's page.
+The coordinator is the real program, on a registry that was filled by its own functions: boxes that were enrolled, said what they are, were
+told by the planner what to do, one deployment on all of them, and reported. A caller asks one thing after the other: the first page, a page
+in the middle, boxes by part of a name, by a label and by state, the fleet at a glance and its map, as JSON and as the console's page.
 """
 
 import argparse
@@ -15,28 +15,38 @@ import sys
 import time
 
 import aiohttp
+import psutil
 from sqlite_utils import Database as Tables
 
 from bench.report import report
-from coordinator.registry import identity, nodes
+from coordinator.core import deployment
+from coordinator.plan_loop import Terms, replan
+from coordinator.registry import deployments, identity, models, nodes
 from sim.ground import Ground, run, standing, until
 from skerry.wire.api import StatusView
-from skerry.wire.messages import Birth, Desired, Presence, Reported
+from skerry.wire.fleet import FleetView
+from skerry.wire.messages import Birth, ModelRef, Presence, ReplicaReport, Reported
 
 BAR_P95_MS = 200.0
+SPEC = "name: scale\nmodel: scale:1\nreplicas: {per_node: 1}\nresources: {memory: 256MiB}\n"
 ASKED = {
     "first page, API": "/v1/nodes?limit=100",
     "middle page, API": "/v1/nodes?limit=100&after=box-050000",
     "part of a name, API": "/v1/nodes?limit=100&q=-0999",
     "label, API": "/v1/nodes?limit=100&q=site%3Dstore-7*",
     "lost, API": "/v1/nodes?limit=100&q=state:lost",
+    "fleet, API": "/v1/fleet",
+    "map, API": "/v1/map",
+    "status, API": "/v1/status",
+    "fleet": "/",
     "first page": "/nodes",
     "part of a name": "/nodes?q=-0999",
     "label": "/nodes?q=site%3Dstore-77",
     "label and state": "/nodes?q=region%3Dnorth+state:lost",
     "nothing is found": "/nodes?q=site%3Dnowhere",
 }
-UP_WITHIN_S = 120.0
+UP_WITHIN_S = 600.0
+RESTS_PERCENT = 30.0
 
 
 def fill(ground: Ground, boxes: int) -> None:
@@ -54,11 +64,24 @@ def fill(ground: Ground, boxes: int) -> None:
         )
         nodes.save_birth(tables, name, birth, 1)
         nodes.save_presence(tables, name, Presence(online, "b", 1), 1)
-        nodes.save_desired(tables, Desired(ground.name, name, 1, 1, expires_at_ms=4_000_000_000_000))
-        nodes.save_reported(tables, name, Reported(1), 1)
+    model = ModelRef("scale", 1, "a" * 64, 1000)
+    models.save_model(tables, model, 1)
+    deployments.save_deployment(tables, deployment.parse(SPEC), SPEC, 1)
+    terms = Terms(30 * 86_400_000, None)
+    now_ms = time.time_ns() // 1_000_000
+    for told in replan(tables, fleet=ground.name, now_ms=now_ms, terms=terms, listening_since_ms=now_ms).changed:
+        replicas = [ReplicaReport(one.name, one.deployment, one.generation, "ready", sha256=one.model.sha256) for one in told.replicas]
+        nodes.save_reported(tables, told.node, Reported(told.generation, replicas), 1)
     tables.execute("COMMIT")
     assert len(identity.read_enrolled(tables)) == boxes
     connection.close()
+
+
+async def _rests(process: psutil.Process) -> bool:
+    """Whether it does little for a second: a coordinator that comes up plans once."""
+    process.cpu_percent(None)
+    await asyncio.sleep(1.0)
+    return process.cpu_percent(None) < RESTS_PERCENT
 
 
 async def measure(boxes: int, rounds: int) -> dict[str, object]:
@@ -79,6 +102,11 @@ async def measure(boxes: int, rounds: int) -> dict[str, object]:
 
         await until(is_up, within_s=UP_WITHIN_S, what="a coordinator that answers")
         up_s = time.monotonic() - began
+        fleet = await ground.call(session, "GET", "/v1/fleet", FleetView)
+        began = time.monotonic()
+        coordinator = psutil.Process(ground.pid("coordinator"))
+        await until(lambda: _rests(coordinator), within_s=UP_WITHIN_S, what="a coordinator that has planned")
+        planned_s = up_s + time.monotonic() - began
         async with session.post(f"{ground.url}/login", data={"token": ground.token}, headers={"Origin": ground.url}) as entered:
             entered.raise_for_status()
         took_ms: dict[str, list[float]] = {title: [] for title in ASKED}
@@ -94,11 +122,15 @@ async def measure(boxes: int, rounds: int) -> dict[str, object]:
                     raise RuntimeError("not logged in")
                 took_ms[title].append((time.perf_counter() - began) * 1000)
                 size[title] = len(body)
+        resident = coordinator.memory_info().rss
     p95 = {title: round(statistics.quantiles(each, n=20, method="inclusive")[18], 1) for title, each in took_ms.items()}
     return {
         "boxes": boxes,
+        "replicas_ready": fleet.deployments[0].ready,
         "filled_s": round(filled_s, 1),
         "up_s": round(up_s, 1),
+        "planned_s": round(planned_s, 1),
+        "resident_mib": round(resident / 2**20),
         "p50_ms": {title: round(statistics.median(each), 1) for title, each in took_ms.items()},
         "p95_ms": p95,
         "kb": {title: round(bytes_ / 1000) for title, bytes_ in size.items()},

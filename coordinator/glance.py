@@ -1,14 +1,13 @@
 """The whole fleet at a glance: sums, for pages and callers who do not ask for each box; the same for all who ask at a time."""
 
+import gzip
 import hashlib
 import time
 from collections.abc import Callable
-from itertools import groupby
 
 import msgspec
 from sqlite_utils import Database as Tables
 
-from coordinator.core.planner import Outcome
 from coordinator.core.search import Search
 from coordinator.live import Live
 from coordinator.news import News
@@ -21,11 +20,14 @@ from coordinator.registry.measurements import Served
 from skerry import __version__
 from skerry.runtime import refusals
 from skerry.wire.api import NodeState, ServeView, StatusView
-from skerry.wire.fleet import DeploymentSummary, FleetView, MapGroup, MapView
+from skerry.wire.fleet import DeploymentSummary, FleetView, MapView
 
 MOST_NEEDY = 50
 MOST_KEYS = 20
 HOUR_S = 3600
+PACKED = 5
+"""How hard gzip tries."""
+UNPLANNED = glance.Standing(0, 0, 0, 0, "not planned yet")
 
 
 class _Sums(msgspec.Struct, frozen=True):
@@ -38,11 +40,12 @@ class _Sums(msgspec.Struct, frozen=True):
     events: int
 
 
-class _Layout(msgspec.Struct, frozen=True):
-    key: str
-    cells: str
-    keys: list[str]
-    groups: list[MapGroup]
+class MapAnswer(msgspec.Struct, frozen=True):
+    """A MapView as JSON, packed by gzip: all of it, and without what stands for one ``layout`` of the map already."""
+
+    layout: str
+    whole: bytes
+    letters: bytes
 
 
 class Glance:
@@ -91,44 +94,33 @@ class Glance:
             )
         return FleetView(sums.states, sums.needy.urgent, sums.needy.names, shown, minutes)
 
-    async def map(self, search: Search, *, by: str, layout: str) -> MapView:
-        """Every box that is looked for as a letter, put together by a label; names only for who has not got those of ``layout``."""
+    async def map(self, search: Search, *, by: str) -> MapAnswer:
+        """Every box that is looked for as a letter, put together by a label."""
         key = ("map", by, msgspec.json.encode(search))
-        held = await self._recent.get(key, lambda: self._database.read(lambda tables: _layout(tables, search, by)))
-        if held.key == layout:
-            return MapView(held.key, held.cells, by)
-        return MapView(held.key, held.cells, by, held.keys, held.groups)
+        return await self._recent.get(key, lambda: self._database.read(lambda tables: _map(tables, search, by)))
 
     async def _sums(self) -> _Sums:
         return await self._recent.get("sums", lambda: self._database.read(_sums))
 
 
 def _sums(tables: Tables) -> _Sums:
-    silent = glance.read_silent(tables)
-    outcomes = deployments.read_outcomes(tables)
-    shown = [_summary(tables, stored, outcomes.get(stored.name), silent) for stored in deployments.read_deployments(tables)]
-    needy = glance.read_needy(tables, limit=MOST_NEEDY)
-    states = finding.count_by_state(tables)
+    shown = [_summary(tables, stored) for stored in deployments.read_deployments(tables)]
+    needy, states = glance.read_needy(tables, limit=MOST_NEEDY), finding.count_by_state(tables)
     return _Sums(states, needy, shown, glance.read_streams(tables), glance.count_events(tables))
 
 
-def _summary(tables: Tables, stored: Stored, outcome: Outcome | None, silent: set[str]) -> DeploymentSummary:
-    running = glance.read_running(tables, stored.name)
+def _summary(tables: Tables, stored: Stored) -> DeploymentSummary:
     spec = stored.spec
-    ready, unheard = set(), 0
-    for placed in outcome.placements if outcome else []:
-        unheard += placed.node in silent
-        if (placed.node, placed.replica) in running and not placed.is_lost:
-            ready.add((placed.replica, placed.node if spec.replicas.count is None else ""))
+    standing = glance.read_standing(tables, stored.name, by_box=spec.replicas.count is None) or UNPLANNED
     return DeploymentSummary(
         name=stored.name,
         generation=stored.generation,
         model=f"{spec.model}:{spec.version}",
-        ready=len(ready),
-        wanted=outcome.wanted if outcome else 0,
-        unheard=unheard,
-        boxes=len({placed.node for placed in outcome.placements}) if outcome else 0,
-        problem=outcome.problem if outcome else "not planned yet",
+        ready=standing.ready,
+        wanted=standing.wanted,
+        unheard=standing.unheard,
+        boxes=standing.boxes,
+        problem=standing.problem,
         deadline_ms=spec.deadline_ms,
         target=spec.target,
         changed_at_ms=stored.changed_at_ms,
@@ -148,8 +140,18 @@ def _cloud_used(tables: Tables) -> dict[str, int]:
     return {name: total.cloud for name, total in measurements.totals(tables, since_s=since_s).items()}
 
 
-def _layout(tables: Tables, search: Search, by: str) -> _Layout:
+def _map(tables: Tables, search: Search, by: str) -> MapAnswer:
+    """What is done for each box is done by SQLite and zlib, beside which the rest of the program goes on."""
     found = glance.read_cells(tables, search, by)
-    groups = [MapGroup(value, [name for _, name, _ in each]) for value, each in groupby(found, key=lambda one: one[0])]
-    key = hashlib.sha256(msgspec.json.encode([by, groups])).hexdigest()[:16]
-    return _Layout(key, "".join(cell for _, _, cell in found), glance.read_label_keys(tables, most=MOST_KEYS), groups)
+    groups = [{"value": one.value, "names": msgspec.Raw(one.names)} for one in found]
+    placed = msgspec.json.encode(groups)
+    layout = hashlib.sha256(by.encode() + b" " + placed).hexdigest()[:16]
+    view = MapView(layout, "".join(one.letters for one in found), by)
+    whole = {
+        "layout": layout,
+        "cells": view.cells,
+        "by": by,
+        "keys": glance.read_label_keys(tables, most=MOST_KEYS),
+        "groups": msgspec.Raw(placed),
+    }
+    return MapAnswer(layout, *(gzip.compress(msgspec.json.encode(one), PACKED, mtime=0) for one in (whole, view)))

@@ -29,6 +29,18 @@ class _Made:
         self.task: asyncio.Task[Any] | None = None
         self.ended = 0.0
         self.cost_s = 0.0
+        self.earlier: _Made | None = None
+        """What is given until it is there."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it was made, and did not fail."""
+        return self.task is not None and self.task.done() and not self.task.cancelled() and self.task.exception() is None
+
+    @property
+    def age_s(self) -> float:
+        """Since it was made."""
+        return time.monotonic() - self.ended
 
 
 class Recent:
@@ -40,13 +52,19 @@ class Recent:
         self._made: OrderedDict[Hashable, _Made] = OrderedDict()
 
     async def get(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
-        """The answer, of the last change but for what REST allows. Raises what ``make`` raises, to all who wait for it."""
+        """The answer, of the last change, or where it is dear one of the last few seconds. Raises what ``make`` raises, to all who wait."""
         held = self._made.get(key)
-        if held is None or not self._is_good(held):
-            held = self._begin(key, make, before=held)
+        if held is not None and not self._is_good(held) and held.is_there and held.cost_s > CHEAP_S and held.age_s < LONGEST_REST_S:
+            made = self._begin(key, make, before=held)  # nobody waits for it
+            made.earlier = held
+        elif held is None or not self._is_good(held):
+            made = self._begin(key, make, before=held)
+        else:
+            made = held
         self._made.move_to_end(key)
-        assert held.task is not None  # noqa: S101 - begun
-        answer: T = await asyncio.shield(held.task)
+        given = made.earlier if made.earlier is not None and not made.is_there else made
+        assert given.task is not None  # noqa: S101 - begun
+        answer: T = await asyncio.shield(given.task)
         return answer
 
     def _begin(self, key: Hashable, make: Callable[[], Awaitable[T]], *, before: _Made | None) -> _Made:
@@ -58,6 +76,7 @@ class Recent:
             answer = await make()
             made.ended = time.monotonic()
             made.cost_s = made.ended - began
+            made.earlier = None
             return answer
 
         made.task = asyncio.create_task(timed(), name="coordinator.recent")
@@ -71,7 +90,4 @@ class Recent:
         is_of_now = held.version == self._news.version
         if held.task is None or not held.task.done():
             return is_of_now or rest_s > 0
-        if held.task.cancelled() or held.task.exception() is not None:
-            return False
-        age_s = time.monotonic() - held.ended
-        return age_s < (max(rest_s, self._by_itself_s) if is_of_now else rest_s)
+        return held.is_there and held.age_s < (max(rest_s, self._by_itself_s) if is_of_now else rest_s)

@@ -1,5 +1,7 @@
 """The fleet at a glance: its numbers, every deployment in short, and every box in a letter."""
 
+import gzip
+
 from aiohttp import web
 
 from coordinator.api.access import Access
@@ -50,6 +52,9 @@ class GlanceCalls:
         by = request.query.get("by", "site")
         if not by or len(by) > MOST_LABEL_CHARS or not by.isprintable():
             raise refuse(400, "invalid_query", "by: not the name of a label", field="by")
-        answer = json_answer(await self._glance.map(search_of(request), by=by, layout=request.query.get("layout", "")[:64]))
-        answer.enable_compression()
-        return answer
+        found = await self._glance.map(search_of(request), by=by)
+        body = found.letters if request.query.get("layout", "") == found.layout else found.whole
+        headers = {"Content-Type": "application/json", "Vary": "Accept-Encoding"}
+        if "gzip" not in request.headers.get("Accept-Encoding", ""):
+            return web.Response(body=gzip.decompress(body), headers=headers)
+        return web.Response(body=body, headers={**headers, "Content-Encoding": "gzip"})

@@ -22,7 +22,7 @@ from coordinator.registry.migrations import migrate
 T = TypeVar("T")
 
 WRITE_QUEUE = 1000
-READERS = 2
+READERS = 4
 
 
 class RegistryFailed(Exception):

@@ -9,6 +9,7 @@ from sqlite_utils import Database as Tables
 from coordinator.core.search import Search
 from coordinator.registry.events import Stream
 from coordinator.registry.finding import STATES, where
+from skerry.wire.api import SILENT
 from skerry.wire.fleet import Cell
 
 FAILED = "n.id IN (SELECT node FROM said WHERE phase = 'failed')"
@@ -44,26 +45,71 @@ class Needy(msgspec.Struct, frozen=True):
 
 def read_needy(tables: Tables, *, limit: int) -> Needy:
     """Those of the whole fleet."""
-    rows = list(tables.query(f"SELECT * FROM (SELECT n.id AS id, {WEIGHT} AS weight FROM nodes n) WHERE weight IS NOT NULL"))  # noqa: S608 - constants
-    rows.sort(key=lambda row: (row["weight"], row["id"]))
-    return Needy([row["id"] for row in rows[:limit]], sum(1 for row in rows if row["weight"] < 2))
+    rows = list(
+        tables.query(
+            "SELECT id, sum(weight < 2) OVER () AS urgent"  # noqa: S608 - constants
+            f" FROM (SELECT n.id AS id, {WEIGHT} AS weight FROM nodes n) WHERE weight IS NOT NULL ORDER BY weight, id LIMIT ?",
+            [limit],
+        )
+    )
+    return Needy([row["id"] for row in rows], rows[0]["urgent"] if rows else 0)
 
 
-def read_cells(tables: Tables, search: Search, by: str) -> list[tuple[str, str, str]]:
-    """The boxes that are looked for: the value of their label ``by`` ("" where they have none), name and letter, in that order."""
+class Cells(msgspec.Struct, frozen=True):
+    """Boxes with one value of a label ("" for none): their names as a JSON array, and their letters, both in the order of names."""
+
+    value: str
+    names: bytes
+    letters: str
+
+
+def read_cells(tables: Tables, search: Search, by: str) -> list[Cells]:
+    """The boxes that are looked for, by the value of their label ``by``."""
     condition, values = where(search)
     rows = tables.query(
-        f"SELECT coalesce(l.value, '') AS value, n.id AS id, {CELL} AS cell FROM nodes n"  # noqa: S608 - constants
-        f" LEFT JOIN node_labels l ON l.node = n.id AND l.key = ? WHERE {condition} ORDER BY value, n.id",
+        "SELECT value, json_group_array(id) AS names, group_concat(cell, '') AS letters FROM ("  # noqa: S608 - constants
+        f"SELECT coalesce(l.value, '') AS value, n.id AS id, {CELL} AS cell FROM nodes n"
+        f" LEFT JOIN node_labels l ON l.node = n.id AND l.key = ? WHERE {condition} ORDER BY value, n.id) GROUP BY value ORDER BY value",
         [by, *values],
     )
-    return [(row["value"], row["id"], row["cell"]) for row in rows]
+    return [Cells(row["value"], row["names"].encode(), row["letters"]) for row in rows]
 
 
 def read_label_keys(tables: Tables, *, most: int) -> list[str]:
     """By which boxes can be put together, those first that most boxes have."""
     rows = tables.query("SELECT key FROM node_labels GROUP BY key ORDER BY count(*) DESC, key LIMIT ?", [most])
     return [row["key"] for row in rows]
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """A deployment: ``ready`` of ``wanted`` replicas run what was told last; ``unheard`` placements are on boxes that are silent now."""
+
+    wanted: int
+    ready: int
+    unheard: int
+    boxes: int
+    problem: str
+
+
+def read_standing(tables: Tables, deployment: str, *, by_box: bool) -> Standing | None:
+    """How a deployment stands; ``by_box`` where each box has replicas of its own. None where it is not planned yet."""
+    rows = tables.query(_STANDING, {"name": deployment, "by_box": int(by_box)})
+    return next((msgspec.convert(row, Standing) for row in rows), None)
+
+
+_SILENT = " OR ".join(f"({STATES[state]})" for state in SILENT)
+_STANDING = f"""WITH placed AS MATERIALIZED (
+    SELECT json_extract(p.value, '$.node') AS node, json_extract(p.value, '$.replica') AS replica,
+        coalesce(json_extract(p.value, '$.is_lost'), 0) AS is_lost
+    FROM outcomes o, json_each(o.outcome, '$.placements') p WHERE o.deployment = :name)
+SELECT json_extract(outcome, '$.wanted') AS wanted, coalesce(json_extract(outcome, '$.problem'), '') AS problem,
+    (SELECT count(DISTINCT p.replica || CASE WHEN :by_box THEN '/' || p.node ELSE '' END) FROM placed p
+        JOIN told t ON t.deployment = :name AND t.node = p.node AND t.replica = p.replica
+        JOIN said s ON s.deployment = :name AND s.node = p.node AND s.replica = p.replica
+        WHERE NOT p.is_lost AND s.phase = 'ready' AND s.generation = t.generation AND s.sha256 = t.sha256) AS ready,
+    (SELECT count(*) FROM placed p JOIN nodes n ON n.id = p.node WHERE {_SILENT}) AS unheard,
+    (SELECT count(DISTINCT node) FROM placed) AS boxes
+FROM outcomes WHERE deployment = :name"""  # noqa: S608 - constants
 
 
 def read_running(tables: Tables, deployment: str) -> set[tuple[str, str]]:
@@ -78,7 +124,7 @@ def read_running(tables: Tables, deployment: str) -> set[tuple[str, str]]:
 
 def read_silent(tables: Tables) -> set[str]:
     """Boxes of which nothing is heard now."""
-    rows = tables.query(f"SELECT n.id AS id FROM nodes n WHERE {STATES['unknown']} OR {STATES['lost']} OR {STATES['offline']}")  # noqa: S608 - constants
+    rows = tables.query(f"SELECT n.id AS id FROM nodes n WHERE {_SILENT}")  # noqa: S608 - constants
     return {row["id"] for row in rows}
 
 

@@ -1,5 +1,6 @@
 """Sums over a fleet are what a look at each box would add up to, and the map shows each box once, whatever order things came in."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlite_utils import Database as Tables
 
+from coordinator.core.planner import Outcome, Placement
 from coordinator.core.search import Search
 from coordinator.core.sequence import Numbering
-from coordinator.registry import events, finding, glance, models, nodes
+from coordinator.registry import deployments, events, finding, glance, models, nodes
 from coordinator.registry.migrations import migrate
 from coordinator.registry.nodes import Drained
 from skerry.wire.messages import Birth, Desired, ModelRef, Presence, ReplicaReport, ReplicaSpec, Reported
@@ -40,13 +42,21 @@ said = st.builds(
         st.sampled_from(["one", "two"]), st.tuples(st.sampled_from("abc"), st.integers(1, 2), st.sampled_from(PHASES)), max_size=2
     ),
 )
+
+
+def agreeing(box: dict[str, Any]) -> dict[str, Any]:
+    """It does what it was told last."""
+    generation, replicas = box["told"][-1]
+    return {**box, "said": [*box["said"], (generation, "", {name: (*what, "ready") for name, what in replicas.items()})]}
+
+
 boxes = st.dictionaries(
     st.sampled_from(NAMES),
     st.fixed_dictionaries({
         "birth": st.booleans(), "online": st.booleans(), "goodbye": st.booleans(), "lost": st.booleans(), "revoked": st.booleans(),
         "drained": st.booleans(), "site": st.sampled_from(["", "north", "south"]), "told": st.lists(told, max_size=3),
-        "said": st.lists(said, max_size=3),
-    }),
+        "said": st.lists(said, max_size=3), "agrees": st.booleans(),
+    }).map(lambda box: agreeing(box) if box["agrees"] and box["told"] else box),
 )  # fmt: skip
 
 
@@ -111,18 +121,20 @@ def weight_of(box: dict[str, Any]) -> int | None:
     return 3 if box["drained"] else None
 
 
-@settings(max_examples=250)
+@settings(max_examples=250, deadline=None)
 @given(boxes, st.sampled_from(["site", "region"]), st.sampled_from(["", "store", "van"]))
 def test_the_map_has_each_box_once_under_its_label_and_with_its_letter(fleet, by, part):
     tables = kept(fleet)
     expected = sorted(
         (box["site"] if by == "site" and box["birth"] else "", name, letter_of(box)) for name, box in fleet.items() if part in name
     )
-    assert glance.read_cells(tables, Search([part] if part else []), by) == expected
+    found = glance.read_cells(tables, Search([part] if part else []), by)
+    assert [(one.value, *each) for one in found for each in zip(json.loads(one.names), one.letters, strict=True)] == expected
+    assert len({one.value for one in found}) == len(found)
     tables.conn.close()
 
 
-@settings(max_examples=250)
+@settings(max_examples=250, deadline=None)
 @given(boxes, st.integers(1, 4))
 def test_what_needs_a_look_comes_worst_first_and_is_counted_whole(fleet, limit):
     tables = kept(fleet)
@@ -134,7 +146,7 @@ def test_what_needs_a_look_comes_worst_first_and_is_counted_whole(fleet, limit):
     tables.conn.close()
 
 
-@settings(max_examples=250)
+@settings(max_examples=250, deadline=None)
 @given(boxes)
 def test_a_replica_runs_where_it_is_ready_and_of_what_was_told_last(fleet):
     tables = kept(fleet)
@@ -150,7 +162,7 @@ def test_a_replica_runs_where_it_is_ready_and_of_what_was_told_last(fleet):
     tables.conn.close()
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(boxes, st.sampled_from(["", "one", "t*", "none"]), st.sampled_from(["", "m", "m:2", "other:1", "o*", "m:7"]))
 def test_boxes_are_found_by_what_they_were_told_to_run(fleet, deployment, model):
     tables = kept(fleet)
@@ -175,3 +187,30 @@ def test_numbers_that_come_and_that_never_will_add_up(enormous):
     streams = glance.read_streams(tables)
     assert (streams["events"].missing, streams["samples"].missing) == (15, 0)
     assert (streams["events"].lost, streams["samples"].lost) == (min(2**53, 3 + 3 * enormous), 3)
+
+
+placements = st.lists(
+    st.builds(Placement, st.sampled_from([*NAMES, "gone"]), st.sampled_from(["one-0", "one-1"]), st.just("why"), st.booleans()), max_size=6
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(boxes, placements, st.booleans())
+def test_a_deployment_stands_as_its_placements_do(fleet, placed, by_box):
+    tables = kept(fleet)
+    assert glance.read_standing(tables, "one", by_box=by_box) is None
+    deployments.save_outcomes(tables, {"one": Outcome(7, placed, problem="too few"), "two": Outcome(1)})
+    ready = set()
+    for one in placed:
+        box = fleet.get(one.node)
+        if box is None or one.is_lost or not box["told"] or not box["said"] or one.replica != "one-0":
+            continue
+        document, word = box["told"][-1][1], box["said"][-1][2]
+        if "one" in document and "one" in word and word["one"] == (*document["one"], "ready"):
+            ready.add((one.replica, one.node if by_box else ""))
+    unheard = sum(one.node in fleet and state_of(fleet[one.node]) in ("unknown", "lost", "offline") for one in placed)
+    assert glance.read_standing(tables, "one", by_box=by_box) == glance.Standing(
+        7, len(ready), unheard, len({one.node for one in placed}), "too few"
+    )
+    assert glance.read_standing(tables, "two", by_box=by_box) == glance.Standing(1, 0, 0, 0, "")
+    tables.conn.close()

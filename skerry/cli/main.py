@@ -154,7 +154,10 @@ def events(
 @node_app.command("list")
 @reporting
 def node_list(
-    query: Annotated[str, typer.Argument(help="narrows it: part of a name, KEY=PATTERN, state:lost, version:0.2*, tier:edge")] = "",
+    query: Annotated[
+        str,
+        typer.Argument(help="narrows it: part of a name, KEY=PATTERN, state:lost, version:0.2*, tier:edge, deployment:NAME, model:NAME:3"),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Every box, or those that are looked for."""

@@ -361,6 +361,31 @@ def test_a_drained_box_runs_nothing_and_costs_no_request(world):
     assert world.cli("node", "drain", "nobody").returncode == 5
 
 
+def test_a_replica_that_is_started_anew_costs_no_request_and_is_not_started_twice(world):
+    def sandboxes() -> list[str]:
+        return [replica.sandbox for replica in world.node("store-1").replicas if replica.phase == "ready" and replica.name == "scale-0"]
+
+    before = sandboxes()
+    with Load(infer_url(world)) as load:
+        assert world.cli("node", "restart", "store-1", "scale-0").returncode == 0
+        wait_until(lambda: len(found := sandboxes()) == 1 and found != before, 30)
+        time.sleep(1)
+    assert load.right > 5
+    assert not load.wrong, load.wrong[:3]
+    after = sandboxes()
+    world.deploy(SCALE.replace("name: scale", "name: other"))  # another plan
+    world.wait_ready("other")
+    world.cli("deployment", "delete", "other")
+    world.do(world.fleet.kill("store-2.agent"))
+    try:
+        was = [replica.sandbox for replica in world.node("store-2").replicas]
+        assert world.cli("node", "restart", "store-2", "scale-0").returncode == 0
+    finally:
+        world.do(world.fleet.start_process("store-2.agent"))
+    wait_until(lambda: [one.sandbox in was or one.phase != "ready" for one in world.node("store-2").replicas] == [False], 40)
+    assert sandboxes() == after, "once asked for, once done"
+
+
 @pytest.mark.parametrize("victim", ["store-1.agent", "store-1.warden", "coordinator", "broker", "worker"])
 def test_killing_a_program_costs_no_request_and_the_fleet_is_whole_again(world, victim):
     before = world.deployment("scale")

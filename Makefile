@@ -12,7 +12,7 @@ FUZZ_ONLY ?=
 # What pip says, as one line a package.
 SHOW := sed -u -n -E 's/^ *Collecting ([A-Za-z0-9._-]+).*/  fetching \1/p; s/^(Installing collected packages).*/  installing/p; /^ERROR/p'
 
-.PHONY: help demo setup check fix test test-boxes lock fuzz chaos release sbom schema clean
+.PHONY: help demo setup check fix test test-boxes words lock fuzz chaos release sbom schema clean
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -49,6 +49,9 @@ fix: setup ## format and apply safe lint fixes
 
 test: check ## the checks and every test; ends with what was not run and why
 	@$(BIN)/python -m tests
+
+words: setup ## the console's catalogues: what is new in the source, and what programs read of them
+	@$(BIN)/python .ci/words
 
 lock: ## resolve the requirements again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --extra cpu --extra grpc --extra demo --group build pyproject.toml -o requirements/demo.txt

@@ -13,6 +13,8 @@ from coordinator.accounts.refusals import NotDone, NotLetIn, TryLater
 from coordinator.api.access import COOKIE, CSRF_HEADER, Access, is_csrf_token
 from coordinator.api.bodies import beginning
 from coordinator.api.calls import ACTOR, CALLER
+from coordinator.console import language
+from coordinator.console.language import LANGUAGES, _
 from coordinator.console.rendering import missing, page
 from skerry.wire.accounts import LEAST_PASSWORD, Role, may
 
@@ -25,10 +27,11 @@ BROWSER_COOKIE = "skerry_login"
 CALLBACK = "/login/back"
 """Where a provider sends browsers to: it is registered there, under ``public_url``."""
 HOME = "/"
+YEAR_S = 365 * 86400
 
 
-def local_path(text: str) -> str:
-    """Where to go after the login: ``text`` where it is a path of ours, else HOME. No other site can be meant."""
+def local_path(text: str, *, is_login_ours: bool = False) -> str:
+    """Where to go then: ``text`` where it is a path of ours, the login page only if asked for, else HOME. No other site can be meant."""
     is_plain = text.isascii() and text.isprintable() and "\\" not in text
     if not is_plain or not text.startswith("/") or text.startswith("//"):
         return HOME
@@ -36,7 +39,7 @@ def local_path(text: str) -> str:
         parts = urlsplit(text)
     except ValueError:
         return HOME
-    return HOME if parts.scheme or parts.netloc or parts.path == "/login" else text
+    return HOME if parts.scheme or parts.netloc or (parts.path == "/login" and not is_login_ours) else text
 
 
 def login_path(request: web.Request) -> str:
@@ -84,7 +87,12 @@ class Entrance:
                 return redirect(login_path(request))
             self._know(request, caller)
             if not may(caller.role, least):
-                return missing(request, f"This page is for {least}s.", f"You are {caller.role}; an admin can change that.", status=403)
+                return missing(
+                    request,
+                    _("This page is for %(role)ss.", role=_(least)),
+                    _("You are %(role)s; an admin can change that.", role=_(caller.role)),
+                    status=403,
+                )
             return await handler(request)
 
         return checked
@@ -101,10 +109,15 @@ class Entrance:
             self._know(request, caller)
             shown = form.get("csrf", "") if form is not None else request.headers.get(CSRF_HEADER, "")
             if form is None or not is_own_form(request) or not is_csrf_token(cookie, shown):
-                why = "It was sent by no page of your session. Load the page again, and try once more."
-                return missing(request, "Nothing was changed.", why, status=403)
+                why = _("It was sent by no page of your session. Load the page again, and try once more.")
+                return missing(request, _("Nothing was changed."), why, status=403)
             if not may(caller.role, least):
-                return missing(request, f"That is for {least}s.", f"You are {caller.role}; an admin can change that.", status=403)
+                return missing(
+                    request,
+                    _("That is for %(role)ss.", role=_(least)),
+                    _("You are %(role)s; an admin can change that.", role=_(caller.role)),
+                    status=403,
+                )
             return await handler(request, form)
 
         return checked
@@ -114,6 +127,17 @@ class Entrance:
 
     # -- in
 
+    async def speak(self, request: web.Request) -> web.StreamResponse:
+        """From now on in that language, in this browser."""
+        code = request.match_info["code"]
+        if code not in LANGUAGES:
+            return missing(request, _("There is no page at this address."), "")
+        response = redirect(local_path(request.query.get("next", HOME), is_login_ours=True))
+        response.set_cookie(
+            language.COOKIE, code, max_age=YEAR_S, path="/", samesite="Strict", httponly=True, secure=self._access.is_tls(request)
+        )
+        return response
+
     async def login(self, request: web.Request) -> web.StreamResponse:
         """The form; with a good ``code`` the way in. HEAD is not served, so that a preview does not spend the code."""
         after = local_path(request.query.get("next", ""))
@@ -122,7 +146,7 @@ class Entrance:
         try:
             cookie = await self._entry.redeem(request.query["code"], address=self._access.address_of(request))
         except NotLetIn:
-            problem = "This link was used already or is too old. Make a new one with 'skerry login-link', or log in here."
+            problem = _("This link was used already or is too old. Make a new one with 'skerry login-link', or log in here.")
             return page(request, "login.html", {"after": after, "problem": problem, "name": "", "by_token": False}, status=403)
         # Not a redirect: a browser that comes from another site's link would not send a Strict cookie along with it.
         return self._let_in(request, page(request, "entered.html", {"after": after}), cookie)
@@ -135,12 +159,12 @@ class Entrance:
             if "token" in form:
                 caller = self._access.of_token(form["token"].strip())
                 if caller is None or caller.role == "box":
-                    raise NotLetIn("That is no token that lets you in.")
+                    raise NotLetIn(_("That is no token that lets you in."))
                 cookie = await self._entry.session_for(caller, address=address)
             else:
                 cookie = await self._entry.log_in(name, form.get("password", ""), address=address)
         except NotLetIn as exc:
-            problem = str(exc) if "token" in form else "The name or the password is wrong."
+            problem = str(exc) if "token" in form else _("The name or the password is wrong.")
             return page(request, "login.html", {"after": after, "problem": problem, "name": name, "by_token": "token" in form}, status=403)
         except TryLater as exc:
             return page(request, "login.html", {"after": after, "problem": _patience(exc), "name": name, "by_token": False}, status=429)
@@ -149,7 +173,7 @@ class Entrance:
     async def elsewhere(self, request: web.Request) -> web.StreamResponse:
         """To the provider, where people are known."""
         if self._provider is None:
-            return missing(request, "There is no page at this address.", "Single sign-on is not set up here.")
+            return missing(request, _("There is no page at this address."), _("Single sign-on is not set up here."))
         try:
             where, browser = await self._provider.begin(local_path(request.query.get("next", "")))
         except NotLetIn as exc:
@@ -163,7 +187,7 @@ class Entrance:
     async def back(self, request: web.Request) -> web.StreamResponse:
         """Back from the provider."""
         if self._provider is None:
-            return missing(request, "There is no page at this address.", "Single sign-on is not set up here.")
+            return missing(request, _("There is no page at this address."), _("Single sign-on is not set up here."))
         try:
             known, after = await self._provider.finish(request.cookies.get(BROWSER_COOKIE, ""), dict(request.query))
             cookie = await self._changes.let_in(known, address=self._access.address_of(request))
@@ -183,8 +207,8 @@ class Entrance:
         try:
             name = self._changes.welcome(code)
         except NotLetIn:
-            why = "It was used already or is too old. Ask an admin for a new one."
-            return missing(request, "This link lets nobody in.", why, status=403)
+            why = _("It was used already or is too old. Ask an admin for a new one.")
+            return missing(request, _("This link lets nobody in."), why, status=403)
         return page(request, "welcome.html", {"code": code, "name": name, "typed": "", "problem": "", "least": LEAST_PASSWORD})
 
     async def accept(self, request: web.Request) -> web.StreamResponse:
@@ -198,8 +222,8 @@ class Entrance:
                 raise NotDone("invalid_password", "password: the two are not the same")
             cookie = await self._changes.accept(code, typed, password, address=self._access.address_of(request))
         except NotLetIn:
-            why = "It was used already or is too old. Ask an admin for a new one."
-            return missing(request, "This link lets nobody in.", why, status=403)
+            why = _("It was used already or is too old. Ask an admin for a new one.")
+            return missing(request, _("This link lets nobody in."), why, status=403)
         except (NotDone, TryLater) as exc:
             problem = _patience(exc) if isinstance(exc, TryLater) else str(exc)
             context = {"code": code, "name": meant, "typed": typed, "problem": problem, "least": LEAST_PASSWORD}
@@ -227,4 +251,4 @@ class Entrance:
 
 def _patience(exc: TryLater) -> str:
     wait = f"{exc.after_s / 60:.0f} min" if exc.after_s > 90 else f"{exc.after_s:.0f} s"
-    return f"Too many tries. The next one is heard in {wait}."
+    return _("Too many tries. The next one is heard in %(wait)s.", wait=wait)

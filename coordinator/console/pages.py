@@ -8,6 +8,7 @@ from aiohttp import web
 from sqlite_utils import Database as Tables
 
 from coordinator.api import releases, rollouts
+from coordinator.console.language import N_, _
 from coordinator.console.rendering import is_fragment, missing, page
 from coordinator.console.verdict import judge
 from coordinator.console.wording import Mark, ready_mark
@@ -21,7 +22,7 @@ from coordinator.views import Views
 from skerry.wire.api import SILENT, DeploymentView, SignatureState, SplitView
 from skerry.wire.fleet import DeploymentSummary
 
-SPANS_MIN = {15: "15 min", 60: "1 h", 360: "6 h"}
+SPANS_MIN = {15: N_("15 min"), 60: N_("1 h"), 360: N_("6 h")}
 MOST_BOXES = 30
 """On the overview; what needs a look comes first, the others are one click away."""
 MOST_PLACEMENTS = 200
@@ -32,10 +33,10 @@ MOST_HOSTS = 50
 """Boxes among which one may be chosen to try a model."""
 HOUR_MIN = 60
 SIGNATURES: dict[SignatureState, str] = {
-    "verified": "Signed with a key that this coordinator trusts.",
-    "not_trusted": "Signed with a key that this coordinator does not trust.",
-    "unchecked": "Signed; this coordinator has no keys to check it by.",
-    "none": "Not signed.",
+    "verified": N_("Signed with a key that this coordinator trusts."),
+    "not_trusted": N_("Signed with a key that this coordinator does not trust."),
+    "unchecked": N_("Signed; this coordinator has no keys to check it by."),
+    "none": N_("Not signed."),
 }
 BOXES_A_PAGE = 100
 EVENTS_HERE = 10
@@ -100,7 +101,9 @@ class Pages:
         node = await self._views.node(name)
         if node is None:
             return missing(
-                request, f"There is no box “{name[:80]}” in this fleet.", "It may never have connected, or the name is misspelt."
+                request,
+                _("There is no box “%(name)s” in this fleet.", name=name[:80]),
+                _("It may never have connected, or the name is misspelt."),
             )
         context = {
             "node": node,
@@ -115,7 +118,11 @@ class Pages:
         name, replica = request.match_info["id"], request.match_info["replica"]
         node = await self._views.node(name)
         if node is None or all(one.name != replica for one in node.replicas):
-            return missing(request, f"Box “{name[:80]}” reports no replica “{replica[:80]}”.", "It may have been stopped, or moved.")
+            return missing(
+                request,
+                _("Box “%(box)s” reports no replica “%(replica)s”.", box=name[:80], replica=replica[:80]),
+                _("It may have been stopped, or moved."),
+            )
         return page(request, "logs.html", {"node": node, "replica": replica})
 
     async def deployment(self, request: web.Request) -> web.StreamResponse:
@@ -123,7 +130,9 @@ class Pages:
         name = request.match_info["name"]
         view = await self._views.deployment(name)
         if view is None:
-            return missing(request, f"There is no deployment “{name[:80]}”.", "It may have been deleted, or the name is misspelt.")
+            return missing(
+                request, _("There is no deployment “%(name)s”.", name=name[:80]), _("It may have been deleted, or the name is misspelt.")
+            )
         placements = sorted(view.placements, key=lambda one: (one.phase == "ready" and one.is_current, one.node, one.replica))
         placements = placements if len(placements) > MOST_PLACEMENTS else view.placements
         nodes = {node.id: node for node in await self._views.some({one.node for one in placements[:MOST_PLACEMENTS]})}
@@ -149,7 +158,9 @@ class Pages:
         name = request.match_info.get("name", "")
         view = await self._views.deployment(name) if name else None
         if name and view is None:
-            return missing(request, f"There is no deployment “{name[:80]}”.", "It may have been deleted, or the name is misspelt.")
+            return missing(
+                request, _("There is no deployment “%(name)s”.", name=name[:80]), _("It may have been deleted, or the name is misspelt.")
+            )
         return page(request, "edit.html", {"name": name, "text": view.text if view else NEW})
 
     async def models(self, request: web.Request) -> web.StreamResponse:
@@ -162,8 +173,8 @@ class Pages:
         known = [one for one in await self._views.models() if one.name == name]
         model = next((one for one in known if str(one.version) == version), None)
         if model is None:
-            why = "It may have been removed, or the name is misspelt."
-            return missing(request, f"There is no model “{name[:80]}” in version “{version[:20]}”.", why)
+            why = _("It may have been removed, or the name is misspelt.")
+            return missing(request, _("There is no model “%(name)s” in version “%(version)s”.", name=name[:80], version=version[:20]), why)
         graph, trouble = None, ""
         try:
             graph = await self._store.graph(model.sha256)
@@ -171,7 +182,7 @@ class Pages:
             trouble = str(exc)
 
         def work(tables: Tables) -> tuple[int, list[str]]:
-            ready = {node for used in model.used_by for node, _ in glance.read_running(tables, used)}
+            ready = {node for used in model.used_by for node, _replica in glance.read_running(tables, used)}
             return finding.count(tables, Search(model=f"{name}:{version}")), sorted(ready - glance.read_silent(tables))
 
         told, ready = await self._database.read(work)
@@ -212,7 +223,7 @@ class Pages:
 
     async def missing(self, request: web.Request) -> web.StreamResponse:
         """Nothing is at this address."""
-        return missing(request, "There is no page at this address.", "")
+        return missing(request, _("There is no page at this address."), "")
 
     async def _span(self, request: web.Request, *, deployment: str = "", node: str = "", minutes: int = 0) -> dict[str, Any]:
         """The time that plots show, and who answered in it. A fragment goes without the sums: the page's script adds them up itself."""

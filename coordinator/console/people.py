@@ -8,6 +8,7 @@ from coordinator.accounts.directory import OPERATOR
 from coordinator.accounts.refusals import NotDone, NotLetIn, NotThere, TryLater
 from coordinator.api.calls import ACTOR, CALLER
 from coordinator.console.entrance import Entrance, Form, redirect
+from coordinator.console.language import _
 from coordinator.console.rendering import page
 from coordinator.registry import audit
 from coordinator.registry.database import Database
@@ -55,7 +56,7 @@ class People:
                 raise NotDone("invalid_password", "password: the two are not the same")
             cookie = await self._changes.change_password(caller, form.get("old", ""), form.get("new", ""), address=actor.address)
         except NotLetIn:
-            return self._account(request, problem="The old password is another one.", status=403)
+            return self._account(request, problem=_("The old password is another one."), status=403)
         except (NotDone, NotThere, TryLater) as exc:
             return self._account(request, problem=str(exc), status=422)
         response = redirect("/account")
@@ -118,7 +119,7 @@ class People:
                     wanted = codec.decode(codec.encode({"role": form.get("role", "")}), RoleRequest)
                     await self._changes.set_role(name, wanted.role, actor)
                 case _:
-                    return self._users(request, problem="That is nothing that can be done to a user.", status=422)
+                    return self._users(request, problem=_("That is nothing that can be done to a user."), status=422)
         except (NotDone, NotThere, codec.Malformed) as exc:
             return self._users(request, problem=str(exc), status=422)
         return redirect("/users")

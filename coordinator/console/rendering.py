@@ -10,6 +10,7 @@ from aiohttp import web
 
 from coordinator.api.access import COOKIE, Access, csrf_token
 from coordinator.api.calls import CALLER
+from coordinator.console import language
 from coordinator.console.wording import FILTERS, SYMBOLS
 from skerry import __version__
 from skerry.wire.accounts import may
@@ -38,6 +39,9 @@ def set_up(app: web.Application, access: Access, *, names: Mapping[str, Any], fi
         app, loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     env = aiohttp_jinja2.get_env(app)
+    env.add_extension("jinja2.ext.i18n")
+    env.install_gettext_callables(language.plain, language.plural, newstyle=True)  # type: ignore[attr-defined]  # the extension's
+    app.middlewares.append(language.speak)
     env.filters.update({**FILTERS, **filters})
     env.globals.update({"version": __version__, "symbols": SYMBOLS, **names})
 
@@ -56,6 +60,9 @@ def page(request: web.Request, template: str, context: Mapping[str, Any], *, sta
     known = {
         "layout": "fragment.html" if is_fragment(request) else "page.html",
         "path": request.path,
+        "here": str(request.rel_url.without_query_params("fragment")),
+        "tag": language.TAGS[language.current()],
+        "languages": {code: name for code, name in language.LANGUAGES.items() if code != language.current()},
         "theme": theme if (theme := request.cookies.get(THEME, "")) in THEMES else "",
         "me": caller,
         "csrf": csrf_token(request.cookies.get(COOKIE, "")) if caller else "",

@@ -27,6 +27,7 @@ def attach(
             web.get("/welcome", entrance.welcome, allow_head=False),
             web.post("/welcome", entrance.accept),
             web.post("/logout", do(entrance.log_out)),
+            web.get("/language/{code}", entrance.speak, allow_head=False),
             web.get("/static/{path:.+}", assets.make_handler()),
             web.get("/", see(pages.overview)),
             web.get("/nodes", see(pages.nodes)),

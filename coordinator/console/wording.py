@@ -1,10 +1,11 @@
-"""How the console says things: a state as colour, symbol and word; numbers with their units. Pure."""
+"""How the console says things: a state as colour, symbol and word; numbers with their units. Pure, but for the language of the request."""
 
 from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
 
+from coordinator.console.language import N_, _
 from skerry.wire.api import RolloutView, ServeView
 from skerry.wire.units import format_bytes
 
@@ -17,7 +18,7 @@ THIN = "\u202f"
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """A state; the symbol says the same as the colour, for those who do not see it."""
+    """A state; the symbol says the same as the colour, for those who do not see it. The word is translated where it is shown."""
 
     level: Level
     symbol: str
@@ -34,22 +35,22 @@ class Share(msgspec.Struct, frozen=True):
 
 
 NODE_MARKS: dict[str, Mark] = {
-    "online": Mark("good", "●", "online"),
-    "unknown": Mark("warn", "▲", "silent"),
-    "lost": Mark("bad", "✕", "lost"),
-    "offline": Mark("idle", "○", "signed off"),
-    "new": Mark("idle", "○", "not seen yet"),
-    "revoked": Mark("idle", "⊘", "thrown out"),
+    "online": Mark("good", "●", N_("online")),
+    "unknown": Mark("warn", "▲", N_("silent")),
+    "lost": Mark("bad", "✕", N_("lost")),
+    "offline": Mark("idle", "○", N_("signed off")),
+    "new": Mark("idle", "○", N_("not seen yet")),
+    "revoked": Mark("idle", "⊘", N_("thrown out")),
 }
 PHASE_MARKS: dict[str, Mark] = {
-    "ready": Mark("good", "●", "ready"),
-    "pending": Mark("idle", "○", "pending"),
-    "fetching": Mark("busy", "↓", "fetching"),
-    "starting": Mark("busy", "◐", "starting"),
-    "draining": Mark("busy", "◑", "draining"),
-    "backoff": Mark("warn", "▲", "backing off"),
-    "failed": Mark("bad", "✕", "failed"),
-    "crash_loop": Mark("bad", "✕", "crash loop"),
+    "ready": Mark("good", "●", N_("ready")),
+    "pending": Mark("idle", "○", N_("pending")),
+    "fetching": Mark("busy", "↓", N_("fetching")),
+    "starting": Mark("busy", "◐", N_("starting")),
+    "draining": Mark("busy", "◑", N_("draining")),
+    "backoff": Mark("warn", "▲", N_("backing off")),
+    "failed": Mark("bad", "✕", N_("failed")),
+    "crash_loop": Mark("bad", "✕", N_("crash loop")),
 }
 SYMBOLS: dict[Level, str] = {"good": "●", "busy": "◐", "warn": "▲", "bad": "✕", "idle": "○"}
 _EVENT_ENDINGS: dict[str, Level] = {
@@ -84,23 +85,25 @@ def phase_mark(phase: str) -> Mark:
 def ready_mark(ready: int, wanted: int) -> Mark:
     """How much of what is wanted is there."""
     if not wanted:
-        return Mark("warn", "▲", "nothing placed")
-    return Mark("good", "●", "ready") if ready >= wanted else Mark("busy", "◐", f"{ready} of {wanted}")
+        return Mark("warn", "▲", N_("nothing placed"))
+    return (
+        Mark("good", "●", N_("ready")) if ready >= wanted else Mark("busy", "◐", _("%(ready)s of %(wanted)s", ready=ready, wanted=wanted))
+    )
 
 
 ROLLOUT_MARKS: dict[str, Mark] = {
-    "rolling": Mark("busy", "◐", "spreading"),
-    "waiting": Mark("warn", "▲", "waits to be approved"),
-    "done": Mark("good", "●", "done"),
-    "failed": Mark("bad", "✕", "failed, taken back"),
-    "aborted": Mark("warn", "▲", "aborted, taken back"),
+    "rolling": Mark("busy", "◐", N_("spreading")),
+    "waiting": Mark("warn", "▲", N_("waits to be approved")),
+    "done": Mark("good", "●", N_("done")),
+    "failed": Mark("bad", "✕", N_("failed, taken back")),
+    "aborted": Mark("warn", "▲", N_("aborted, taken back")),
 }
 
 
 def rollout_mark(view: RolloutView) -> Mark:
     """How a change stands."""
     is_held = view.is_paused and view.phase in ("rolling", "waiting")
-    return Mark("warn", "▲", "paused") if is_held else ROLLOUT_MARKS[view.phase]
+    return Mark("warn", "▲", N_("paused")) if is_held else ROLLOUT_MARKS[view.phase]
 
 
 def event_level(kind: str) -> Level:
@@ -181,3 +184,11 @@ FILTERS = {
     "percent": percent,
     "size": size,
 }
+
+SAID = [
+    *(N_("edge"), N_("peer"), N_("cloud"), N_("refused")),
+    *(N_("none"), N_("unchecked"), N_("fetching"), N_("unpacking"), N_("trial"), N_("returning"), N_("failed"), N_("waiting")),
+    *(N_("viewer"), N_("operator"), N_("admin"), N_("edge"), N_("cloud"), N_("process"), N_("container")),
+    *(N_("generation"), N_("software"), N_("replica"), N_("model"), N_("phase"), N_("isolation")),
+]
+"""Words of others that pages show: who answered, how a signature and an update stand, what of a box is compared."""

@@ -267,3 +267,55 @@ def test_no_page_keeps_out_who_can_not_see_or_has_no_mouse(visitor, world, width
     assert found == {}
     assert visitor.complaints == []
     assert visitor.foreign() == []
+
+
+# What is data, or a name of something, in whatever language: names, code, times, and what boxes and the planner say themselves.
+IN_ENGLISH = """() => {
+  const data = "bdi, code, pre, time, kbd, .mono, .brand, option, textarea, script, noscript, [lang=en], .map, .network, #verdict, #steps";
+  const found = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const { parentElement, textContent } = walk.currentNode;
+    if (parentElement.closest(data) || !parentElement.checkVisibility()) continue;
+    if (/[A-Za-z]{3,}/.test(textContent.replace(WORDS, ""))) found.push(textContent.trim());
+  }
+  for (const element of document.querySelectorAll("[aria-label], [placeholder], [data-label], [data-what]"))
+    for (const name of ["aria-label", "placeholder", "data-label", "data-what"]) {
+      const text = element.getAttribute(name) ?? "";
+      if (!element.closest("[lang=en]") && /[A-Za-z]{3,}/.test(text.replace(WORDS, ""))) found.push(`${name}: ${text}`);
+    }
+  return found;
+}"""
+NAMES = (
+    "Skerry", "English", "MiB", "GiB", "CPU", "GPU", "API", "YAML", "JSON", "SHA-256", "p50", "p99", "ONNX", "OpenAPI", "JavaScript",
+    "UTC", "skerry", "store-1", "store-2", "van-7", "cloud-1", "pixels-0", "pixels", "demo", "north", "road", "site", "store", "edge",
+    "region", "state:lost", "version:", "FP32", "image", "colour", "ReduceMean", "cgroup1", "cgroup2", "engine", "rlimits", "deployment",
+    "operator.token", "bubblewrap", "Tab", "Enter", "ssh", "Open Inference Protocol", "Triton", "KServe", "gvisor", "microvm", "nobody",
+    "openapi.json", "GET", "PUT", "POST", "DELETE",
+)  # fmt: skip
+
+
+@wide
+def test_the_console_speaks_chinese_where_the_browser_does_or_somebody_chose_it(visitor, world):
+    visitor.context.set_extra_http_headers({"Accept-Language": "fr, zh-CN;q=0.9, en;q=0.5"})
+    page = visitor.log_in()
+    words = "/" + "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True)).replace("/", r"\/") + "/g"
+    left = {}
+    for path in (*PATHS, "/nodes?q=state:lost", "/nodes/nobody", "/deployments/pixels/edit"):
+        page.goto(world.fleet.url + path)
+        expect(page.locator("html")).to_have_attribute("lang", "zh-Hans")
+        page.wait_for_timeout(1200)
+        shot(page, f"zh-{path.strip('/').replace('/', '-').replace('?', '-').replace(':', '-') or 'fleet'}")
+        if found := page.evaluate(IN_ENGLISH.replace("WORDS", words)):
+            left[path] = found
+    assert not left, json.dumps(left, ensure_ascii=False)[:6000]
+    page.goto(world.fleet.url + "/nodes?q=store")
+    page.get_by_role("link", name="English").click()
+    page.wait_for_url("**/nodes?q=store")
+    expect(page.locator("html")).to_have_attribute("lang", "en")
+    expect(page.locator("h1")).to_contain_text("4 boxes")
+    page.goto(world.fleet.url + "/language/zh?next=//evil.example/")
+    page.wait_for_url(world.fleet.url + "/")
+    expect(page.locator("#headline")).to_contain_text("一切正常", timeout=LIVE_MS)
+    assert page.goto(world.fleet.url + "/language/tlh").status == 404
+    assert visitor.foreign() == []

@@ -1,13 +1,15 @@
 // Buttons that change something: what will happen is said first, then the API is asked to do it.
 
+import { t } from "./words.js";
+
 const dialog = document.createElement("dialog");
 dialog.className = "ask";
 dialog.setAttribute("aria-labelledby", "ask-title");
 dialog.innerHTML = `<form method="dialog">
   <h2 id="ask-title"></h2><p class="what"></p>
-  <label hidden>Why, for whoever wonders <input maxlength="200" autocomplete="off"></label>
+  <label hidden>${t("Why, for whoever wonders")} <input maxlength="200" autocomplete="off"></label>
   <p class="problem" role="alert" hidden></p>
-  <p class="apply"><button class="do" value="do"></button> <button class="plain" value="cancel" formnovalidate>Cancel</button></p>
+  <p class="apply"><button class="do" value="do"></button> <button class="plain" value="cancel" formnovalidate>${t("Cancel")}</button></p>
 </form>`;
 document.body.append(dialog);
 
@@ -52,10 +54,10 @@ dialog.querySelector("form").addEventListener("submit", async (event) => {
       if (asked.then) location.assign(asked.then);
     } else {
       const said = await answer.json().catch(() => null);
-      complain(said?.error?.message ?? `The answer was ${answer.status}.`);
+      complain(said?.error?.message ?? t("The answer was %(status)s.", { status: answer.status }));
     }
   } catch {
-    complain("The coordinator does not answer; nothing was changed that is known of.");
+    complain(t("The coordinator does not answer; nothing was changed that is known of."));
   } finally {
     act.disabled = false;
   }

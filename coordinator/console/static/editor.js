@@ -1,6 +1,9 @@
 // Asks the coordinator what a deployment would change while it is typed, and applies it when told to.
 
 import { nameZone } from "./times.js";
+import { N_, t } from "./words.js";
+
+N_("starts"); N_("stops"); N_("changes"); N_("keeps");
 
 const PAUSE_MS = 350;
 const MOST_ROWS = 40;
@@ -60,31 +63,30 @@ function table(title, heads, rows, more) {
   if (more > MOST_ROWS) {
     const rest = document.createElement("p");
     rest.className = "muted";
-    rest.textContent = `and ${more - MOST_ROWS} more`;
+    rest.textContent = t("and %(n)s more", { n: more - MOST_ROWS });
     part.append(rest);
   }
   return part;
 }
 
-function inWords(count, one, many) {
-  return `${count.toLocaleString()} ${count === 1 ? one : many}`;
-}
+/** How many, and what they do. */
+const inWords = (count, one, many) => t(count === 1 ? one : many, { n: count.toLocaleString() });
 
 function wordsOf(found) {
   const parts = [];
-  if (found.starts) parts.push(`${inWords(found.starts, "replica starts", "replicas start")}`);
-  if (found.changes) parts.push(`${inWords(found.changes, "replica changes", "replicas change")}`);
-  if (found.stops) parts.push(`${inWords(found.stops, "replica stops", "replicas stop")}`);
-  if (found.keeps) parts.push(`${inWords(found.keeps, "goes", "go")} on as ${found.keeps === 1 ? "it is" : "they are"}`);
-  if (found.refuses) parts.push(`${inWords(found.refuses, "box refuses", "boxes refuse")}`);
-  return parts.join(", ") || "no box is concerned";
+  if (found.starts) parts.push(inWords(found.starts, N_("%(n)s replica starts"), N_("%(n)s replicas start")));
+  if (found.changes) parts.push(inWords(found.changes, N_("%(n)s replica changes"), N_("%(n)s replicas change")));
+  if (found.stops) parts.push(inWords(found.stops, N_("%(n)s replica stops"), N_("%(n)s replicas stop")));
+  if (found.keeps) parts.push(inWords(found.keeps, N_("%(n)s goes on as it is"), N_("%(n)s go on as they are")));
+  if (found.refuses) parts.push(inWords(found.refuses, N_("%(n)s box refuses"), N_("%(n)s boxes refuse")));
+  return parts.join(", ") || t("no box is concerned");
 }
 
 function show(found) {
   plan = found;
-  const words = found.is_same ? "This is what it is already" : wordsOf(found);
+  const words = found.is_same ? t("This is what it is already") : wordsOf(found);
   const level = found.problem ? "warn-ink" : "";
-  say(level, `${words}${found.spreads && !found.is_same ? "; in waves" : ""}.${found.problem ? ` ${found.problem}.` : ""}`);
+  say(level, `${words}${found.spreads && !found.is_same ? t("; in waves") : ""}.${found.problem ? ` ${found.problem}.` : ""}`);
   counts.replaceChildren(
     ...found.warnings.map((warning) => {
       const item = document.createElement("li");
@@ -95,19 +97,19 @@ function show(found) {
   const tables = [];
   if (found.steps.length)
     tables.push(
-      table("On each box", ["Box", "Replica", "What", "Why"],
-        found.steps.map((step) => [step.node, step.replica, step.kind, step.text]), found.starts + found.changes + found.stops),
+      table(t("On each box"), [t("Box"), t("Replica"), t("What"), t("Why")],
+        found.steps.map((step) => [step.node, step.replica, t(step.kind), step.text]), found.starts + found.changes + found.stops),
     );
   if (found.refusals.length)
-    tables.push(table("Who refuses, and why", ["Box", "Reason"], found.refusals.map((one) => [one.node, one.reason]), found.refuses));
+    tables.push(table(t("Who refuses, and why"), [t("Box"), t("Reason")], found.refusals.map((one) => [one.node, one.reason]), found.refuses));
   if (found.others.length)
     tables.push(
-      table("Other deployments that this moves", ["Box", "Replica", "What", "Why"],
-        found.others.map((step) => [step.node, step.replica, step.kind, step.text]), found.others.length),
+      table(t("Other deployments that this moves"), [t("Box"), t("Replica"), t("What"), t("Why")],
+        found.others.map((step) => [step.node, step.replica, t(step.kind), step.text]), found.others.length),
     );
   steps.replaceChildren(...tables);
   againLabel.hidden = !found.failed_before;
-  againLabel.querySelector("span").textContent = `Although this very text was taken back: ${found.failed_before}`;
+  againLabel.querySelector("span").textContent = t("Although this very text was taken back: %(reason)s", { reason: found.failed_before });
   apply.disabled = found.is_same || (Boolean(found.failed_before) && !again.checked);
 }
 
@@ -117,11 +119,11 @@ function refuse(problem) {
   againLabel.hidden = true;
   counts.replaceChildren();
   steps.replaceChildren();
-  const where = [problem.line ? `line ${problem.line}` : "", problem.field].filter(Boolean).join(", ");
+  const where = [problem.line ? t("line %(n)s", { n: problem.line }) : "", problem.field].filter(Boolean).join(", ");
   const names = problem.field && problem.message.startsWith(problem.field);
   say("bad-ink", `${where && !names ? `${where}: ` : ""}${problem.message}${problem.hint ? ` (${problem.hint})` : ""}`);
   jump.hidden = !problem.line;
-  jump.textContent = `Go to line ${problem.line}`;
+  jump.textContent = t("Go to line %(n)s", { n: problem.line });
   jump.dataset.line = problem.line || "";
 }
 
@@ -131,13 +133,13 @@ async function look() {
   try {
     answer = await call("/v1/deployments/plan?gently=true", text.value);
   } catch {
-    if (number === asked) refuse({ message: "The coordinator does not answer." });
+    if (number === asked) refuse({ message: t("The coordinator does not answer.") });
     return;
   }
   if (number !== asked) return; // something was typed since
   jump.hidden = true;
   if (answer.status === 200 && !answer.body.error) show(answer.body);
-  else refuse(answer.body?.error ?? { message: `the answer was ${answer.status}` });
+  else refuse(answer.body?.error ?? { message: t("The answer was %(status)s", { status: answer.status }) });
 }
 
 text.addEventListener("input", () => {
@@ -162,7 +164,7 @@ form.addEventListener("submit", async (event) => {
   apply.disabled = true;
   const answer = await call(`/v1/deployments${again.checked ? "?again=true" : ""}`, text.value).catch(() => ({ status: 0 }));
   if (answer.status === 202) location.assign(`/deployments/${encodeURIComponent(answer.body.name)}`);
-  else refuse(answer.body?.error ?? { message: "The coordinator does not answer; nothing was changed that is known of." });
+  else refuse(answer.body?.error ?? { message: t("The coordinator does not answer; nothing was changed that is known of.") });
 });
 
 window.addEventListener("beforeunload", (event) => {

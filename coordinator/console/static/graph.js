@@ -1,5 +1,7 @@
 // Draws a model's network from /v1/models/.../graph: operators in layers from the inputs down, as SVG that is moved and scaled by hand.
 
+import { t } from "./words.js";
+
 const [WIDTH, HEIGHT, ACROSS, DOWN] = [150, 34, 26, 30];
 const ROUNDS = 6;
 const MOST_DRAWN = 1500;
@@ -91,7 +93,7 @@ function order(nodes, edges, layers) {
 
 const words = (node) => {
   if (node.kind === "in" || node.kind === "out") return node.shape;
-  if (node.inner) return `${node.inner} operators in its branches`;
+  if (node.inner) return t("%(n)s operators in its branches", { n: node.inner });
   return node.weights.length ? node.weights.join(", ") : node.shape;
 };
 
@@ -111,7 +113,7 @@ function draw(root, graph) {
   nodes.forEach((node, index) => {
     const [x, y] = at[index];
     const title = element("title", {});
-    title.textContent = [node.op, node.name, node.parameters ? `${node.parameters.toLocaleString()} parameters` : "", node.shape].filter(Boolean).join("\n");
+    title.textContent = [node.op, node.name, node.parameters ? t("%(n)s parameters", { n: node.parameters.toLocaleString() }) : "", node.shape].filter(Boolean).join("\n");
     const [op, more] = [element("text", { y: -2 }), element("text", { y: 11, class: "more" })];
     [op.textContent, more.textContent] = [node.op.slice(0, 20), words(node).slice(0, 26)];
     scene.append(element("g", { transform: `translate(${x} ${y})`, class: node.kind }, title, element("rect", { x: -WIDTH / 2, y: -HEIGHT / 2, width: WIDTH, height: HEIGHT, rx: 5 }), op, more));
@@ -144,7 +146,7 @@ class View {
     });
     const bar = document.createElement("p");
     bar.className = "network-bar";
-    for (const [word, label, act] of [["+", "Larger", () => this.zoom(1.25)], ["−", "Smaller", () => this.zoom(1 / 1.25)], ["⤢", "All of it", () => this.fit(true)]]) {
+    for (const [word, label, act] of [["+", t("Larger"), () => this.zoom(1.25)], ["−", t("Smaller"), () => this.zoom(1 / 1.25)], ["⤢", t("All of it"), () => this.fit(true)]]) {
       const button = Object.assign(document.createElement("button"), { type: "button", textContent: word, title: label });
       button.setAttribute("aria-label", label);
       button.addEventListener("click", act);
@@ -176,10 +178,10 @@ class View {
 
 const root = document.getElementById("network");
 if (root) {
-  root.textContent = "Reading the network …";
+  root.textContent = t("Reading the network …");
   fetch(root.dataset.source).then(async (response) => {
     const answer = await response.json();
     if (!response.ok) throw new Error(answer.error.message);
     draw(root, answer);
-  }).catch((error) => { root.textContent = `The network can't be drawn: ${error.message}`; });
+  }).catch((error) => { root.textContent = t("The network can't be drawn: %(reason)s", { reason: error.message }); });
 }

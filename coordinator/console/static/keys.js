@@ -1,5 +1,7 @@
 // Keys for who has no hand free for the mouse: "/" searches, "g" and a letter goes somewhere, "?" says which. They can be turned off.
 
+import { t } from "./words.js";
+
 const OFF = "skerry.keys.off";
 const PAUSE_MS = 1500;
 const SEARCH = "/nodes";
@@ -21,7 +23,7 @@ function key(word) {
 
 function listed() {
   const list = document.createElement("dl");
-  const rows = [[["/"], "Look for boxes"], [["?"], "These keys"]];
+  const rows = [[["/"], t("Look for boxes")], [["?"], t("These keys")]];
   for (const [letter, link] of pages) rows.push([["g", letter], link.textContent]);
   for (const [keys, what] of rows) {
     const [term, said] = [document.createElement("dt"), document.createElement("dd")];
@@ -36,8 +38,8 @@ function explain() {
   const dialog = document.createElement("dialog");
   dialog.className = "ask";
   dialog.setAttribute("aria-labelledby", "keys-title");
-  dialog.innerHTML = `<h2 id="keys-title">Keys</h2>
-<form method="dialog"><label class="check"><input type="checkbox"> Listen to these keys</label><p class="apply"><button>Close</button></p></form>`;
+  dialog.innerHTML = `<h2 id="keys-title">${t("Keys")}</h2>
+<form method="dialog"><label class="check"><input type="checkbox"> ${t("Listen to these keys")}</label><p class="apply"><button>${t("Close")}</button></p></form>`;
   dialog.querySelector("h2").after(listed());
   const box = dialog.querySelector("input");
   box.checked = !localStorage.getItem(OFF);

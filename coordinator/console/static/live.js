@@ -2,6 +2,7 @@
 
 import { startPlots } from "./plots.js";
 import { localise, nameZone } from "./times.js";
+import { t } from "./words.js";
 
 const LOOK_EVERY_MS = 1000;
 const STALE_MS = 20_000;
@@ -136,7 +137,7 @@ let stopping = null;
 function setPulse(isLive) {
   pulse.hidden = false;
   pulse.classList.toggle("off", !isLive);
-  pulse.querySelector(".pulse-word").textContent = isLive ? "live" : "no word";
+  pulse.querySelector(".pulse-word").textContent = isLive ? t("live") : t("no word");
 }
 
 function heard() {
@@ -186,7 +187,7 @@ function stop() {
 function watch() {
   const silentMs = performance.now() - heardAt;
   if (!stopping || silentMs <= STALE_MS) return;
-  banner.textContent = `No word from the coordinator for ${Math.floor(silentMs / 1000)} s. What you see may be old; trying again.`;
+  banner.textContent = t("No word from the coordinator for %(s)s s. What you see may be old; trying again.", { s: Math.floor(silentMs / 1000) });
   banner.hidden = false;
   setPulse(false);
 }

@@ -1,6 +1,7 @@
 // What a sandbox writes, asked of its box every second while somebody looks.
 
 import { nameZone } from "./times.js";
+import { t } from "./words.js";
 
 const EVERY_MS = 1000;
 const WAIT_AT_MOST_MS = 30_000;
@@ -44,14 +45,14 @@ async function look() {
       add(body.lines);
       position = body.position || position;
       waits = EVERY_MS;
-      say("muted", log.childElementCount ? "" : "It has written nothing yet.");
+      say("muted", log.childElementCount ? "" : t("It has written nothing yet."));
     } else {
       waits = Math.min(2 * waits, WAIT_AT_MOST_MS);
-      say("bad-ink", `${body.error?.message ?? `The answer was ${answer.status}`}; asking on.`);
+      say("bad-ink", t("%(reason)s; asking on.", { reason: body.error?.message ?? t("The answer was %(status)s", { status: answer.status }) }));
     }
   } catch {
     waits = Math.min(2 * waits, WAIT_AT_MOST_MS);
-    say("bad-ink", "The coordinator does not answer; asking on.");
+    say("bad-ink", t("The coordinator does not answer; asking on."));
   }
   plan();
 }

@@ -2,6 +2,7 @@
 // some milliseconds; afterwards only those that changed are.
 
 import { ink } from "./ink.js";
+import { N_, t } from "./words.js";
 
 const AGAIN_MS = 2000;
 const SIZES = [[60, 22, 4], [400, 16, 3], [2500, 11, 2], [15_000, 8, 1], [Infinity, 5, 1]]; // boxes at most, a cell's side, the gap
@@ -10,15 +11,15 @@ const TITLED_GROUPS = 60;
 const BLOCK_GAP = 10;
 // What a letter means: as the box's own page says it, its colour and pattern, and the state by which such boxes are found.
 const STATES = {
-  l: ["lost", "bad", "cross", "lost"],
-  f: ["failed", "bad", "bang"],
-  s: ["silent", "warn", "slash", "unknown"],
-  t: ["backing off", "warn", "dot"],
-  g: ["signed off", "idle", "ring", "offline"],
-  d: ["drained", "idle", "bar"],
-  n: ["not seen yet", "idle", "ring", "new"],
-  x: ["thrown out", "idle", "cross", "revoked"],
-  o: ["online", "good", "", "online"],
+  l: [N_("lost"), "bad", "cross", "lost"],
+  f: [N_("failed"), "bad", "bang"],
+  s: [N_("silent"), "warn", "slash", "unknown"],
+  t: [N_("backing off"), "warn", "dot"],
+  g: [N_("signed off"), "idle", "ring", "offline"],
+  d: [N_("drained"), "idle", "bar"],
+  n: [N_("not seen yet"), "idle", "ring", "new"],
+  x: [N_("thrown out"), "idle", "cross", "revoked"],
+  o: [N_("online"), "good", "", "online"],
 };
 const FIRST = Object.keys(STATES);
 
@@ -103,11 +104,11 @@ class FleetMap {
       [swatch.width, swatch.height] = [12 * scale, 12 * scale];
       swatch.getContext("2d").drawImage(this.tile(cell, 12), 0, 0);
       const state = STATES[cell][3];
-      const word = state ? Object.assign(document.createElement("a"), { href: `/nodes?q=state:${state}`, textContent: STATES[cell][0] }) : STATES[cell][0];
+      const word = state ? Object.assign(document.createElement("a"), { href: `/nodes?q=state:${state}`, textContent: t(STATES[cell][0]) }) : t(STATES[cell][0]);
       item.append(swatch, word, " ", Object.assign(document.createElement("b"), { textContent: counts[cell].toLocaleString() }));
       return item;
     }));
-    this.canvas.setAttribute("aria-label", `Map of ${this.cells.length} boxes: ${FIRST.filter((cell) => counts[cell]).map((cell) => `${counts[cell]} ${STATES[cell][0]}`).join(", ")}. Arrow keys move from box to box, Enter opens one.`);
+    this.canvas.setAttribute("aria-label", t("Map of %(n)s boxes: %(counts)s. Arrow keys move from box to box, Enter opens one.", { n: this.cells.length, counts: FIRST.filter((cell) => counts[cell]).map((cell) => `${counts[cell]} ${t(STATES[cell][0])}`).join(", ") }));
   }
 
   // -- where cells are
@@ -124,7 +125,7 @@ class FleetMap {
       const count = group.names.length;
       const most = Math.max(1, Math.floor(width / step));
       const columns = this.groups.length === 1 ? Math.min(count, most) : Math.min(most, Math.max(1, Math.ceil(Math.sqrt(count * 2.2))));
-      const named = isTitled ? Math.min(110, 8 * (group.value || "none").length) : 0;
+      const named = isTitled ? Math.min(110, 8 * (group.value || t("none")).length) : 0;
       const blockWidth = Math.max(columns * step, named);
       const blockHeight = top + Math.ceil(count / columns) * step;
       if (x > 0 && x + blockWidth > width) [x, y, rowHeight] = [0, y + rowHeight + BLOCK_GAP, 0];
@@ -210,7 +211,7 @@ class FleetMap {
     this.pen.font = "11px system-ui, sans-serif";
     this.pen.fillStyle = ink("muted");
     this.pen.textBaseline = "top";
-    for (const { x, y, value } of this.blocks) this.pen.fillText(value.length > 16 ? `${value.slice(0, 15)}…` : value || "none", x, y - TITLE_PX + 3);
+    for (const { x, y, value } of this.blocks) this.pen.fillText(value.length > 16 ? `${value.slice(0, 15)}…` : value || t("none"), x, y - TITLE_PX + 3);
   }
 
   drawCell(index) {
@@ -235,7 +236,7 @@ class FleetMap {
     if (this.at < 0) return;
     this.drawCell(this.at);
     const value = this.blockOf(this.at).value;
-    this.tip.textContent = `${this.names[this.at]}${value ? `, ${value}` : ""}: ${(STATES[this.cells[this.at]] ?? STATES.n)[0]}`;
+    this.tip.textContent = `${this.names[this.at]}${value ? `, ${value}` : ""}: ${t((STATES[this.cells[this.at]] ?? STATES.n)[0])}`;
     const [x, y] = this.place(this.at);
     const left = Math.max(0, Math.min(x, this.width - this.tip.offsetWidth));
     this.tip.style.transform = `translate(${left}px, ${y + this.side + 6}px)`;

@@ -2,13 +2,14 @@
 
 import { ink } from "./ink.js";
 import { hours } from "./times.js";
+import { N_, t } from "./words.js";
 
 const EVERY_MS = 2500;
 const WHOLE_EVERY_MS = 60_000;
 const MARKS_EVERY_MS = 10_000;
 const BINS = 180;
 const LAG_S = 4; // boxes and the coordinator gather before they write
-const WHO = ["edge", "peer", "cloud", "refused"];
+const WHO = [N_("edge"), N_("peer"), N_("cloud"), N_("refused")];
 const GIB = 2 ** 30;
 
 // -- data
@@ -125,8 +126,8 @@ const KINDS = {
     data: (bins, _, heard) => splitData(bins, heard),
     series: () => [...WHO].reverse().map(area),
     range: () => upTo((max) => Math.max(1, max * 1.12)),
-    words: (own, i) => WHO.map((who, row) => `${who} ${short(own[row][i])}`).join(", ") + " per second",
-    empty: "No requests were measured in this time.",
+    words: (own, i) => t("%(counts)s per second", { counts: WHO.map((who, row) => `${t(who)} ${short(own[row][i])}`).join(", ") }),
+    empty: t("No requests were measured in this time."),
   },
   latency: {
     path: ({ deployment, node }) => `/v1/split?${new URLSearchParams({ deployment, node })}`,
@@ -137,7 +138,7 @@ const KINDS = {
       return [0, Number(deadline) <= worst * 4 ? Math.max(worst, Number(deadline) * 1.12) : worst];
     },
     words: (own, i) => `p50 ${short(own[0][i])} ms, p99 ${short(own[1][i])} ms`,
-    empty: "No answers were measured in this time.",
+    empty: t("No answers were measured in this time."),
   },
   load: {
     path: ({ node }) => `/v1/nodes/${encodeURIComponent(node)}/load`,
@@ -145,7 +146,7 @@ const KINDS = {
     series: ({ gpu }) => (gpu === "1" ? [line("edge"), line("cloud")] : [line("edge", { fill: ink("edge-soft") })]),
     range: () => upTo(() => 100),
     words: (own, i) => `CPU ${short(own[0][i])} %` + (own[1] ? `, GPU ${short(own[1][i])} %` : ""),
-    empty: "Nothing was measured in this time.",
+    empty: t("Nothing was measured in this time."),
   },
   memory: {
     path: ({ node }) => `/v1/nodes/${encodeURIComponent(node)}/load`,
@@ -153,11 +154,11 @@ const KINDS = {
     series: () => [line("edge", { fill: ink("edge-soft") })],
     range: ({ total }) => upTo((max) => (Number(total) ? Number(total) / GIB : max * 1.12)),
     words: (own, i) => `${own[0][i]?.toFixed(2) ?? "–"} GiB`,
-    empty: "Nothing was measured in this time.",
+    empty: t("Nothing was measured in this time."),
   },
 };
 
-const LOAD = { path: ({ node }) => `/v1/nodes/${encodeURIComponent(node)}/load`, empty: "Nothing was measured in this time." };
+const LOAD = { path: ({ node }) => `/v1/nodes/${encodeURIComponent(node)}/load`, empty: t("Nothing was measured in this time.") };
 Object.assign(KINDS, {
   temperature: {
     ...LOAD,
@@ -178,7 +179,7 @@ Object.assign(KINDS, {
     data: (bins) => networkData(bins),
     series: () => [line("p50"), line("p99")],
     range: () => upTo((max) => Math.max(1, max * 1.12)),
-    words: (own, i) => `received ${short(own[0][i])} kB/s, sent ${short(own[1][i])} kB/s`,
+    words: (own, i) => t("received %(received)s kB/s, sent %(sent)s kB/s", { received: short(own[0][i]), sent: short(own[1][i]) }),
   },
   rtt: {
     ...LOAD,
@@ -186,7 +187,7 @@ Object.assign(KINDS, {
     series: () => [line("edge")],
     range: () => upTo((max) => Math.max(0.2, max * 1.2)),
     words: (own, i) => `${own[0][i] === null ? "–" : own[0][i].toFixed(2)} ms`,
-    empty: "The kernel did not say how long it takes.",
+    empty: t("The kernel did not say how long it takes."),
   },
 });
 

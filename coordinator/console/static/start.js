@@ -1,5 +1,7 @@
 // Makes a claim for a new box, shows what to paste there, and watches it join.
 
+import { t } from "./words.js";
+
 const LOOK_EVERY_MS = 2000;
 const form = document.getElementById("claim");
 const made = document.getElementById("claim-made");
@@ -13,13 +15,13 @@ const say = (words) => { state.textContent = words; };
 function labelsOf(text) {
   const pairs = text.trim().split(/\s+/).filter(Boolean).map((word) => [word, ...word.split(/=(.*)/s)]);
   const wrong = pairs.find(([, key, value]) => !key || !value);
-  if (wrong) throw new Error(`labels: ${wrong[0]} is not KEY=VALUE`);
+  if (wrong) throw new Error(t("labels: %(word)s is not KEY=VALUE", { word: wrong[0] }));
   return Object.fromEntries(pairs.map(([, key, value]) => [key, value]));
 }
 
 function commandOf({ claim, fingerprint }, node) {
   return [
-    `# on the box, with node = "${node || "NAME"}" and coordinator.url = "${location.origin}" in /etc/skerry/agent.toml`,
+    t('# on the box, with node = "%(node)s" and coordinator.url = "%(url)s" in /etc/skerry/agent.toml', { node: node || "NAME", url: location.origin }),
     `sudo skerry-agent enroll --config /etc/skerry/agent.toml --fingerprint ${fingerprint} --trusted-keys /etc/skerry/coordinator.pub <<'CLAIM'`,
     claim,
     "CLAIM",
@@ -36,16 +38,16 @@ async function read(path) {
 async function watch(id) {
   const claims = (await read("/v1/claims")) ?? [];
   const claim = claims.find((one) => one.id === id);
-  if (!claim) say("The claim was withdrawn, or has ended.");
-  else if (!claim.used_by) say("Waiting for the box …");
+  if (!claim) say(t("The claim was withdrawn, or has ended."));
+  else if (!claim.used_by) say(t("Waiting for the box …"));
   else {
     const node = await read(`/v1/nodes/${encodeURIComponent(claim.used_by)}`);
     const link = Object.assign(document.createElement("a"), { href: `/nodes/${encodeURIComponent(claim.used_by)}`, textContent: claim.used_by });
     if (node?.state === "online") {
-      state.replaceChildren("● ", link, " is online.");
+      state.replaceChildren("● ", link, t(" is online."));
       return;
     }
-    state.replaceChildren("◐ ", link, " joined; waiting until it is heard …");
+    state.replaceChildren("◐ ", link, t(" joined; waiting until it is heard …"));
   }
   if (claim) watching = setTimeout(() => watch(id).catch(() => {}), LOOK_EVERY_MS);
 }
@@ -74,7 +76,7 @@ form.addEventListener("submit", async (event) => {
 document.getElementById("copy").addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText(code.textContent);
-    say("Copied. Waiting for the box …");
+    say(t("Copied. Waiting for the box …"));
   } catch {
     getSelection().selectAllChildren(code);
   }

@@ -1,10 +1,12 @@
 // Puts every <time> into the viewer's zone and manner. Without scripts the UTC text stays.
 
-const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
-const day = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
-const whole = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
+import { t } from "./words.js";
 
-export const hours = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+const clock = new Intl.DateTimeFormat(document.documentElement.lang === "en" ? undefined : document.documentElement.lang, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+const day = new Intl.DateTimeFormat(document.documentElement.lang === "en" ? undefined : document.documentElement.lang, { day: "numeric", month: "short" });
+const whole = new Intl.DateTimeFormat(document.documentElement.lang === "en" ? undefined : document.documentElement.lang, { dateStyle: "full", timeStyle: "long" });
+
+export const hours = new Intl.DateTimeFormat(document.documentElement.lang === "en" ? undefined : document.documentElement.lang, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 
 /** Rewrites the times below `root`; harmless to repeat. */
 export function localise(root) {
@@ -23,5 +25,5 @@ export function localise(root) {
 
 /** Says which zone that is. */
 export function nameZone(element) {
-  element.textContent = `Times are ${Intl.DateTimeFormat().resolvedOptions().timeZone || "local"}`;
+  element.textContent = t("Times are %(zone)s", { zone: Intl.DateTimeFormat().resolvedOptions().timeZone || t("local") });
 }

@@ -1,5 +1,7 @@
 // One request to a deployment, made of an image, a sound or numbers: see /v1/deployments/{name}/infer, which is the Open Inference Protocol's.
 
+import { t } from "./words.js";
+
 const IMAGE_CHANNELS = [1, 3, 4];
 const FREE_SIDE = 224;
 const FREE_LINE_PX = 320;
@@ -7,7 +9,9 @@ const SOUND_HZ = 16_000;
 const LEAST_SOUND = 128;
 const MOST_SHOWN = 12;
 const MOST_NUMBERS = 4_000_000;
-const SCALES = { "0 to 1": (v) => v / 255, "−1 to 1": (v) => v / 127.5 - 1, "0 to 255": (v) => v, "ImageNet": (v, c) => (v / 255 - [0.485, 0.456, 0.406][c % 3]) / [0.229, 0.224, 0.225][c % 3] };
+const SCALES = { [t("0 to 1")]: (v) => v / 255, [t("−1 to 1")]: (v) => v / 127.5 - 1, [t("0 to 255")]: (v) => v, "ImageNet": (v, c) => (v / 255 - [0.485, 0.456, 0.406][c % 3]) / [0.229, 0.224, 0.225][c % 3] };
+
+const [IMAGE, SOUND, NUMBERS] = [t("an image"), t("a sound"), t("numbers")];
 
 const form = document.getElementById("try");
 const status = document.getElementById("try-status");
@@ -46,11 +50,11 @@ class Input {
     this.name = fieldset.dataset.name;
     this.datatype = fieldset.dataset.datatype;
     this.shape = JSON.parse(fieldset.dataset.shape);
-    fieldset.append(make("legend", { textContent: `${this.name} (${this.datatype} ${this.shape.join(" × ") || "scalar"})` }));
+    fieldset.append(make("legend", { textContent: `${this.name} (${this.datatype} ${this.shape.join(" × ") || t("scalar")})` }));
     this.axes = this.datatype === "BYTES" ? null : imageAxes(this.shape);
-    const kinds = [...(this.axes ? ["an image"] : []), ...(canBeSound(this.shape, this.datatype) ? ["a sound"] : []), "numbers"];
+    const kinds = [...(this.axes ? [IMAGE] : []), ...(canBeSound(this.shape, this.datatype) ? [SOUND] : []), NUMBERS];
     this.kind = choice(kinds, kinds[0]);
-    this.kind.setAttribute("aria-label", `What ${this.name} is made of`);
+    this.kind.setAttribute("aria-label", t("What %(name)s is made of", { name: this.name }));
     this.body = make("div", { className: "try-body" });
     fieldset.append(...(kinds.length > 1 ? [this.kind] : []), this.body);
     this.kind.addEventListener("change", () => this.show());
@@ -59,16 +63,16 @@ class Input {
 
   show() {
     this.body.replaceChildren();
-    ({ "an image": () => this.askImage(), "a sound": () => this.askSound(), numbers: () => this.askNumbers() })[this.kind.value]();
+    ({ [IMAGE]: () => this.askImage(), [SOUND]: () => this.askSound(), [NUMBERS]: () => this.askNumbers() })[this.kind.value]();
   }
 
   askImage() {
     this.file = make("input", { type: "file", accept: "image/*" });
-    this.file.setAttribute("aria-label", `Image for ${this.name}`);
-    this.scaleBy = choice(Object.keys(SCALES), typeof this.axes.width === "number" || typeof this.axes.height === "number" ? "0 to 1" : "−1 to 1");
+    this.file.setAttribute("aria-label", t("Image for %(name)s", { name: this.name }));
+    this.scaleBy = choice(Object.keys(SCALES), typeof this.axes.width === "number" || typeof this.axes.height === "number" ? t("0 to 1") : t("−1 to 1"));
     this.preview = make("canvas", { className: "preview", hidden: true });
     this.file.addEventListener("change", () => this.drawImage());
-    this.body.append(this.file, labelled("values", this.scaleBy), this.preview);
+    this.body.append(this.file, labelled(t("values"), this.scaleBy), this.preview);
   }
 
   async drawImage() {
@@ -88,7 +92,7 @@ class Input {
   get labelled() { return labels.length > 0; }
 
   readImage() {
-    if (this.preview.hidden) throw new Error(`${this.name}: choose an image first`);
+    if (this.preview.hidden) throw new Error(t("%(name)s: choose an image first", { name: this.name }));
     const { width, height } = this.preview;
     const pixels = this.preview.getContext("2d").getImageData(0, 0, width, height).data;
     const { channels, isFirst } = this.axes;
@@ -111,14 +115,14 @@ class Input {
 
   askSound() {
     this.file = make("input", { type: "file", accept: "audio/*" });
-    this.file.setAttribute("aria-label", `Sound for ${this.name}`);
+    this.file.setAttribute("aria-label", t("Sound for %(name)s", { name: this.name }));
     this.at = make("input", { type: "number", min: 0, step: 0.1, value: 0 });
-    this.body.append(this.file, labelled("from second", this.at), make("span", { className: "muted", textContent: `mono, ${SOUND_HZ / 1000} kHz` }));
+    this.body.append(this.file, labelled(t("from second"), this.at), make("span", { className: "muted", textContent: t("mono, %(n)s kHz", { n: SOUND_HZ / 1000 }) }));
   }
 
   async readSound() {
     const [picked] = this.file.files;
-    if (!picked) throw new Error(`${this.name}: choose a sound first`);
+    if (!picked) throw new Error(t("%(name)s: choose a sound first", { name: this.name }));
     const context = new OfflineAudioContext(1, 1, SOUND_HZ);
     const sound = await context.decodeAudioData(await picked.arrayBuffer());
     const whole = sound.getChannelData(0);
@@ -133,29 +137,29 @@ class Input {
     this.sizes = make("input", { value: sizes.join(" "), size: 16 });
     const isText = this.datatype === "BYTES";
     this.numbers = make("textarea", { rows: 2, value: isText ? "" : "0" });
-    this.numbers.setAttribute("aria-label", `Values of ${this.name}`);
-    this.body.append(...(this.shape.length ? [labelled("shape", this.sizes)] : []), labelled(isText ? "text, a line each" : "values; one alone fills it", this.numbers));
+    this.numbers.setAttribute("aria-label", t("Values of %(name)s", { name: this.name }));
+    this.body.append(...(this.shape.length ? [labelled(t("shape"), this.sizes)] : []), labelled(isText ? t("text, a line each") : t("values; one alone fills it"), this.numbers));
   }
 
   readNumbers() {
     const shape = this.shape.length ? this.sizes.value.trim().split(/[\s,×x]+/).filter(Boolean).map(Number) : [];
-    if (shape.some((size) => !Number.isInteger(size) || size < 1)) throw new Error(`${this.name}: the shape is whole numbers from 1`);
+    if (shape.some((size) => !Number.isInteger(size) || size < 1)) throw new Error(t("%(name)s: the shape is whole numbers from 1", { name: this.name }));
     const count = shape.reduce((product, size) => product * size, 1);
-    if (count > MOST_NUMBERS) throw new Error(`${this.name}: ${count} values are too many to be sent from here`);
+    if (count > MOST_NUMBERS) throw new Error(t("%(name)s: %(n)s values are too many to be sent from here", { name: this.name, n: count }));
     if (this.datatype === "BYTES") {
       const lines = this.numbers.value.split("\n");
-      if (lines.length !== count) throw new Error(`${this.name}: ${count} lines are needed, there are ${lines.length}`);
+      if (lines.length !== count) throw new Error(t("%(name)s: %(n)s lines are needed, there are %(found)s", { name: this.name, n: count, found: lines.length }));
       return { shape, data: lines };
     }
     const words = this.numbers.value.replace(/[[\],;]/g, " ").trim().split(/\s+/).filter(Boolean);
     const values = words.map((word) => (this.datatype === "BOOL" ? ["true", "1"].includes(word.toLowerCase()) : Number(word)));
-    if (values.some((value) => Number.isNaN(value))) throw new Error(`${this.name}: not all of it is numbers`);
-    if (values.length !== 1 && values.length !== count) throw new Error(`${this.name}: ${count} values are needed, there are ${values.length}`);
+    if (values.some((value) => Number.isNaN(value))) throw new Error(t("%(name)s: not all of it is numbers", { name: this.name }));
+    if (values.length !== 1 && values.length !== count) throw new Error(t("%(name)s: %(n)s values are needed, there are %(found)s", { name: this.name, n: count, found: values.length }));
     return { shape, data: values.length === count ? values : new Array(count).fill(values[0]) };
   }
 
   async read() {
-    const reader = { "an image": () => this.readImage(), "a sound": () => this.readSound(), numbers: () => this.readNumbers() };
+    const reader = { [IMAGE]: () => this.readImage(), [SOUND]: () => this.readSound(), [NUMBERS]: () => this.readNumbers() };
     return { name: this.name, datatype: this.datatype, ...(await reader[this.kind.value]()) };
   }
 }
@@ -179,7 +183,7 @@ function shown(output) {
   const { name, datatype, shape, data } = output;
   const parts = [make("h3", { textContent: `${name} (${datatype} ${shape.join(" × ")})` })];
   if (labels.length && shape.length === 3 && Math.abs(shape[2] - labels.length) <= 2) {
-    parts.push(make("p", { className: "answer-text", textContent: readLine(output) || "(no character)" }));
+    parts.push(make("p", { className: "answer-text", textContent: readLine(output) || t("(no character)") }));
   } else if (shape.length <= 2 && shape.at(-1) > 1 && (shape[0] ?? 1) === 1 && datatype.startsWith("FP")) {
     const best = data.map((value, index) => [value, index]).sort((a, b) => b[0] - a[0]).slice(0, MOST_SHOWN);
     const list = make("ol", { className: "best" });
@@ -187,7 +191,7 @@ function shown(output) {
     parts.push(list);
   }
   const few = data.slice(0, MOST_SHOWN).map((value) => (typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(4) : String(value)));
-  parts.push(make("pre", { className: "file", textContent: few.join(", ") + (data.length > few.length ? `, … ${data.length.toLocaleString()} values` : "") }));
+  parts.push(make("pre", { className: "file", textContent: few.join(", ") + (data.length > few.length ? t(", … %(n)s values", { n: data.length.toLocaleString() }) : "") }));
   return parts;
 }
 
@@ -217,10 +221,10 @@ async function ask(inputs) {
 
 async function go(inputs) {
   const button = document.getElementById("try-go");
-  [button.disabled, status.textContent, status.className, place.hidden] = [true, "Asking …", "muted", true];
+  [button.disabled, status.textContent, status.className, place.hidden] = [true, t("Asking …"), "muted", true];
   try {
     const { answer, headers } = await ask(inputs);
-    const who = `${headers.get("Skerry-Served-By") ?? "somebody"} answered, ${headers.get("Skerry-Node") ?? "an unnamed box"}: ${headers.get("Skerry-Reason") ?? "no reason given"}`;
+    const who = t("%(who)s answered, %(box)s: %(why)s", { who: t(headers.get("Skerry-Served-By") ?? "?"), box: headers.get("Skerry-Node") ?? "?", why: headers.get("Skerry-Reason") ?? t("no reason given") });
     place.replaceChildren(make("p", { className: "served", textContent: who }), timing(headers.get("Server-Timing") ?? ""), ...answer.outputs.flatMap(shown));
     [place.hidden, status.textContent] = [false, ""];
   } catch (error) {

@@ -77,7 +77,7 @@ def fill(ground: Ground, boxes: int) -> None:
     connection.close()
 
 
-async def _rests(process: psutil.Process) -> bool:
+async def rests(process: psutil.Process) -> bool:
     """Whether it does little for a second: a coordinator that comes up plans once."""
     process.cpu_percent(None)
     await asyncio.sleep(1.0)
@@ -105,7 +105,7 @@ async def measure(boxes: int, rounds: int) -> dict[str, object]:
         fleet = await ground.call(session, "GET", "/v1/fleet", FleetView)
         began = time.monotonic()
         coordinator = psutil.Process(ground.pid("coordinator"))
-        await until(lambda: _rests(coordinator), within_s=UP_WITHIN_S, what="a coordinator that has planned")
+        await until(lambda: rests(coordinator), within_s=UP_WITHIN_S, what="a coordinator that has planned")
         planned_s = up_s + time.monotonic() - began
         async with session.post(f"{ground.url}/login", data={"token": ground.token}, headers={"Origin": ground.url}) as entered:
             entered.raise_for_status()

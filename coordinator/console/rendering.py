@@ -30,6 +30,7 @@ SECURITY = {
 THEME = "skerry_theme"
 """A cookie: colours that somebody chose."""
 THEMES = ("light", "dark")
+PACKED_FROM_BYTES = 8 * 1024
 HSTS = "max-age=31536000"
 
 
@@ -68,7 +69,10 @@ def page(request: web.Request, template: str, context: Mapping[str, Any], *, sta
         "csrf": csrf_token(request.cookies.get(COOKIE, "")) if caller else "",
         "may": lambda role: caller is not None and may(caller.role, role),
     }
-    return aiohttp_jinja2.render_template(template, request, {**context, **known}, status=status)
+    made = aiohttp_jinja2.render_template(template, request, {**context, **known}, status=status)
+    if len(made.body or b"") >= PACKED_FROM_BYTES:  # type: ignore[arg-type]  # it is bytes
+        made.enable_compression()  # no other site can ask with our cookie (SameSite), and so none can guess by what length it has
+    return made
 
 
 def is_fragment(request: web.Request) -> bool:

@@ -6,9 +6,13 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from coordinator.core.hook import secret_of
 from skerry.runtime.settings import Broker, SettingsError, is_loopback, split_listen
 from skerry.wire.messages import MOST_ADDRESSES
 from skerry.wire.topics import Name
+
+MOST_WEBHOOKS = 16
+MOST_KINDS = 32
 
 
 class OpenIdConnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +58,39 @@ class Announce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"announce.coordinator: {self.coordinator[:80]!r} is not an http:// or https:// address")
 
 
+class Webhook(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Table ``[[webhooks]]``: somebody who is told of events as they come."""
+
+    url: str
+    secret_file: Path | None = None
+    """Holds the secret by which the receiver tells that they are ours, as ``whsec_`` and base64 of 16 bytes or more."""
+    kinds: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    """Of events, with ``*`` for any part."""
+    title: str = ""
+    """What its own events call it; its host where none is given."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if not (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))):
+            raise ValueError(f"webhooks.url: {self.url[:80]!r} is not https://")
+        if not self.kinds or len(self.kinds) > MOST_KINDS:
+            raise ValueError(f"webhooks.kinds: 1 to {MOST_KINDS}, {len(self.kinds)} are given")
+
+    @property
+    def name(self) -> str:
+        """Without what may be secret in an address."""
+        return self.title or urlsplit(self.url).hostname or "webhook"
+
+    def key(self) -> bytes | None:
+        """Of the secret's file. Raises SettingsError."""
+        if self.secret_file is None:
+            return None
+        try:
+            return secret_of(self.secret_file.read_text())
+        except (OSError, ValueError) as exc:
+            raise SettingsError(f"webhooks.secret_file: {self.secret_file}: {exc}") from exc
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``/etc/skerry/coordinator.toml``."""
 
@@ -81,6 +118,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Listen beyond this machine without TLS: passwords and tokens can then be read on the way."""
     openid_connect: OpenIdConnect | None = None
     """People who are known elsewhere; without it they log in by passwords alone."""
+    webhooks: list[Webhook] = []
+    """Who is told of events as they come; see Webhook."""
     behind_proxy: bool = False
     """Whether a proxy in front tells callers' addresses (X-Forwarded-For) and TLS (X-Forwarded-Proto); else anybody could."""
     model_keys_file: Path | None = None
@@ -99,6 +138,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_events: Annotated[int, msgspec.Meta(ge=1000)] = 1_000_000
 
     def __post_init__(self) -> None:
+        if len(self.webhooks) > MOST_WEBHOOKS or len({one.url for one in self.webhooks}) != len(self.webhooks):
+            raise ValueError(f"webhooks: at most {MOST_WEBHOOKS}, each with a url of its own")
         try:
             host = split_listen(self.listen)[0]
         except SettingsError as exc:

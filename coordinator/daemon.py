@@ -67,6 +67,7 @@ from coordinator.signer.client import OwnSigner, Signer, SignerOnSocket
 from coordinator.signer.keyring import Keyring, KeyUnusable
 from coordinator.views import Views
 from coordinator.vouching import Vouching
+from coordinator.webhooks import Webhooks
 from skerry.runtime import keys, lifecycle, log, sdnotify, settings, tls
 from skerry.wire.identity import Role, Subject
 from skerry.wire.messages import Ack, Addresses, LogsRequest
@@ -122,6 +123,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         rollout_loop.wake()
         plan_loop.wake()
 
+    webhooks = Webhooks(database, news, config.webhooks, config.fleet)
     evictions = Evictions(config.broker, authority, config.fleet, now_ms=_now_ms)
 
     async def thrown_out(node: str) -> None:
@@ -179,7 +181,7 @@ async def _serve(config: Config, signer: Signer, authority: Authority, database:
         await web.TCPSite(runner, *settings.split_listen(config.listen), ssl_context=_tls(config)).start()
         async with asyncio.TaskGroup() as tasks:
             for name, loop in (("session", session), ("plan", plan_loop), ("evictions", evictions), ("rollout", rollout_loop),
-                               ("housekeeping", housekeeping)):  # fmt: skip
+                               ("housekeeping", housekeeping), ("webhooks", webhooks)):  # fmt: skip
                 tasks.create_task(loop.run(stop), name=f"coordinator.{name}")
             tasks.create_task(ingest.run(queue, stop), name="coordinator.ingest")
             beats = lifecycle.feed_watchdog(stop, lambda: _beat(plan_loop, rollout_loop, housekeeping))

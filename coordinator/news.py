@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+from skerry.runtime import lifecycle
+
 
 class News:
     """``tell`` names what changed: ``nodes``, ``deployments``, ``events``, ``metrics``."""
@@ -20,6 +22,15 @@ class News:
             self._versions[topic] = self._versions.get(topic, 0) + 1
         for reader in self._readers:
             reader.set()
+
+    async def changed(self, stop: asyncio.Event, *, within_s: float) -> None:
+        """Until something changes, ``stop`` is set, or so long."""
+        wake = asyncio.Event()
+        self._readers.add(wake)
+        try:
+            await lifecycle.first_of(stop, wake, within_s=within_s)
+        finally:
+            self._readers.discard(wake)
 
     async def follow(self, *, pause_s: float, idle_s: float) -> AsyncIterator[list[str]]:
         """Topics that changed since the last time, at most every ``pause_s``; an empty list after ``idle_s`` of silence."""

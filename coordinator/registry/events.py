@@ -175,6 +175,12 @@ def read_events(
     return [msgspec.convert(row, Row) for row in rows]
 
 
+def read_following(tables: Tables, *, after: int, limit: int) -> list[Row]:
+    """The first events behind one, oldest first."""
+    rows = tables.query("SELECT id, node, at_ms, kind, subject, text FROM events WHERE id > ? ORDER BY id LIMIT ?", [after, limit])
+    return [msgspec.convert(row, Row) for row in rows]
+
+
 def forget_events(tables: Tables, *, keep: int) -> None:
     """Drop the oldest over ``keep``."""
     tables.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", [keep])

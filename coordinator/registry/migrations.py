@@ -204,6 +204,7 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
         INSERT OR REPLACE INTO said SELECT node, replica, deployment, generation, sha256, phase FROM said_of WHERE node = NEW.id; END;
     CREATE TRIGGER replicas_of_a_node_that_is_gone AFTER DELETE ON nodes BEGIN DELETE FROM said WHERE node = OLD.id; END;
     CREATE TRIGGER replicas_no_longer_told AFTER DELETE ON desired BEGIN DELETE FROM told WHERE node = OLD.node; END;
+    CREATE TABLE hooks (url TEXT PRIMARY KEY, reached INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE restarts (node TEXT NOT NULL, replica TEXT NOT NULL, PRIMARY KEY (node, replica)) WITHOUT ROWID;
     ALTER TABLE box_rollups ADD COLUMN temperature_c REAL NOT NULL DEFAULT 0;
     ALTER TABLE box_rollups ADD COLUMN power_w REAL NOT NULL DEFAULT 0;

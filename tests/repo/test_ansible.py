@@ -222,6 +222,7 @@ def rendered(tmp_path_factory) -> Path:
         "edge_agent_upstream_proxy": "http://proxy.example.org:3128",
         "coordinator_settings": {
             "lost_after_s": 30,
+            "webhooks": [{"url": "https://a.example.org/", "kinds": ["node.*"]}, {"url": "https://b.example.org/"}],
             "openid_connect": {"issuer": "https://id.example.org", "client_id": "s", "admins": ["a"]},
         },
         "coordinator_openid_client_secret": "{{ none_such | default('told') }}",
@@ -263,6 +264,9 @@ def test_a_program_takes_its_rendered_settings(rendered, name, kind):
         assert loaded.model_keys_file == Path("/etc/skerry/model-keys.pem")
     if isinstance(loaded, CoordinatorConfig):
         assert (loaded.tls, loaded.lost_after_s) == (True, 30)
+        assert [(one.url, one.kinds) for one in loaded.webhooks] == [
+            ("https://a.example.org/", ["node.*"]), ("https://b.example.org/", ["*"]),
+        ]  # fmt: skip
         assert loaded.openid_connect is not None
         assert loaded.openid_connect.client_secret_file == Path("/run/credentials/skerry-coordinator.service/openid-client-secret")
 

@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from coordinator.api.openapi import EVERY
-from coordinator.config import Announce, OpenIdConnect
+from coordinator.config import Announce, OpenIdConnect, Webhook
 from coordinator.config import Config as CoordinatorConfig
 from coordinator.core import deployment
 from coordinator.signer.config import Config as SignerConfig
@@ -43,6 +43,7 @@ SETTINGS = {
     "Coordinator": CoordinatorConfig,
     "Announce": Announce,
     "OpenID Connect": OpenIdConnect,
+    "Webhooks": Webhook,
     "Signer": SignerConfig,
     "Broker": Broker,
 }
@@ -132,6 +133,7 @@ def type_words(kind: Any) -> str:
         float: "number",
         dict[str, str]: "table of text",
         list[str]: "list of text",
+        list[Webhook]: "list of tables",
     }
     return words[kind] + bounds
 

@@ -12,7 +12,7 @@ from coordinator.core.outlook import outlook
 from coordinator.core.planner import Outcome, Placement
 from coordinator.core.search import Search
 from coordinator.live import Live, serve_view
-from coordinator.registry import deployments, events, finding, identity, measurements, models, nodes
+from coordinator.registry import deployments, events, finding, glance, identity, measurements, models, nodes
 from coordinator.registry.database import Database
 from coordinator.registry.deployments import Stored
 from coordinator.registry.nodes import Drained, Node
@@ -43,6 +43,14 @@ class Found(msgspec.Struct, frozen=True):
 
     nodes: list[NodeView]
     last: str
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """A deployment with some of its placements and refusals, and how many there are of each."""
+
+    view: DeploymentView
+    placements: int
+    refusals: int
 
 
 class Views:
@@ -181,17 +189,30 @@ class Views:
 
     async def deployment(self, name: str) -> DeploymentView | None:
         """One deployment."""
+        cut = await self.deployment_cut(name, most=None)
+        return None if cut is None else cut.view
 
-        def work(tables: Tables) -> DeploymentView | None:
-            stored = next((stored for stored in deployments.read_deployments(tables) if stored.name == name), None)
+    async def deployment_cut(self, name: str, *, most: int | None) -> Cut | None:
+        """One deployment with so many of its placements and refusals, those first that are not as they should be; the sums are of all."""
+
+        def work(tables: Tables) -> Cut | None:
+            stored = deployments.read_deployment(tables, name)
             if stored is None:
                 return None
-            outcome = deployments.read_outcomes(tables).get(name)
-            used = {placed.node for placed in (outcome.placements if outcome else [])}
-            return self._deployment(stored, outcome, nodes.read_desired_of_some(tables, used), _reports_of(nodes.read_some(tables, used)))
+            outcome = deployments.read_outcome(tables, name)
+            placed, refused = (len(outcome.placements), len(outcome.refusals)) if outcome else (0, 0)
+            standing = None
+            if outcome is not None and most is not None and max(placed, refused) > most:
+                worst = glance.read_worst(tables, name, most=most)
+                shown = [one for one in outcome.placements if (one.node, one.replica) in worst]
+                outcome = msgspec.structs.replace(outcome, placements=shown, refusals=outcome.refusals[:most])
+                standing = glance.read_standing(tables, name, by_box=stored.spec.replicas.count is None)
+            used = {one.node for one in (outcome.placements if outcome else [])}
+            view = self._deployment(stored, outcome, nodes.read_desired_of_some(tables, used), _reports_of(nodes.read_some(tables, used)))
+            return Cut(view if standing is None else msgspec.structs.replace(view, ready=standing.ready), placed, refused)
 
-        view = await self._database.read(work)
-        return None if view is None else msgspec.structs.replace(view, serve=self._live.serve(view.name))
+        cut = await self._database.read(work)
+        return None if cut is None else msgspec.structs.replace(cut, view=msgspec.structs.replace(cut.view, serve=self._live.serve(name)))
 
     def _deployment(
         self,

@@ -1,18 +1,22 @@
 """A model version, the network that is in its file, and trying it on a box."""
 
 from aiohttp import web
+from sqlite_utils import Database as Tables
 
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.calls import Call, checked, model_version, unknown
 from coordinator.gateways import Gateways, NotAnswered
 from coordinator.model_store import ModelStore, NotTaken
+from coordinator.registry import deployments, glance
+from coordinator.registry.database import Database
 from coordinator.views import Views
 from skerry.wire import codec
 from skerry.wire.api import ModelView, NodeView
 from skerry.wire.model_graph import ModelGraph
 
 MOST_BODY_BYTES = 16 * 2**20
+MOST_LOOKED_AT = 12
 MOST_TRIED = 3
 """Boxes that are asked one after the other."""
 CALLS = [
@@ -29,7 +33,8 @@ CALLS = [
 class ModelCalls:
     """The handlers of CALLS."""
 
-    def __init__(self, views: Views, store: ModelStore, gateways: Gateways, access: Access) -> None:
+    def __init__(self, database: Database, views: Views, store: ModelStore, gateways: Gateways, access: Access) -> None:
+        self._database = database
         self._views = views
         self._store = store
         self._gateways = gateways
@@ -84,11 +89,17 @@ class ModelCalls:
 
     async def _hosts(self, name: str, wanted: str) -> list[NodeView]:
         """Boxes that have it ready and are heard, one that is named alone. Raises Refused."""
-        view = await self._views.deployment(name)
-        if view is None:
+
+        def work(tables: Tables) -> list[str] | None:
+            if deployments.read_deployment(tables, name) is None:
+                return None
+            ready = {node for node, _ in glance.read_running(tables, name)} - glance.read_silent(tables)
+            return sorted(node for node in ready if wanted in ("", node))[:MOST_LOOKED_AT]
+
+        ready = await self._database.read(work)
+        if ready is None:
             raise unknown("deployment", name, "skerry deployment list")
-        ready = sorted({one.node for one in view.placements if one.phase == "ready" and wanted in ("", one.node)})
-        found = [node for node in await self._views.some(ready[: 4 * MOST_TRIED]) if node.state == "online" and node.gateway_url]
+        found = [node for node in await self._views.some(ready) if node.state == "online" and node.gateway_url]
         if not found:
             where = f"on box {wanted[:80]!r}" if wanted else "on any box that is heard"
             raise refuse(409, "not_ready", f"{name} is not ready {where}", hint=f"see 'skerry deployment show {name}'")

@@ -38,7 +38,7 @@ SIGNATURES: dict[SignatureState, str] = {
     "unchecked": N_("Signed; this coordinator has no keys to check it by."),
     "none": N_("Not signed."),
 }
-BOXES_A_PAGE = 100
+BOXES_A_PAGE = 50
 EVENTS_HERE = 10
 NEW = "name: \nmodel: \nreplicas: {per_node: 1}\nresources: {memory: 512MiB}\nslo: {deadline_ms: 100}\n"
 """What the editor begins with."""
@@ -128,22 +128,22 @@ class Pages:
     async def deployment(self, request: web.Request) -> web.StreamResponse:
         """One deployment: where it runs, why there, what is wanted against what is reported, who answered."""
         name = request.match_info["name"]
-        view = await self._views.deployment(name)
-        if view is None:
+        cut = await self._views.deployment_cut(name, most=MOST_PLACEMENTS)
+        if cut is None:
             return missing(
                 request, _("There is no deployment “%(name)s”.", name=name[:80]), _("It may have been deleted, or the name is misspelt.")
             )
-        placements = sorted(view.placements, key=lambda one: (one.phase == "ready" and one.is_current, one.node, one.replica))
-        placements = placements if len(placements) > MOST_PLACEMENTS else view.placements
-        nodes = {node.id: node for node in await self._views.some({one.node for one in placements[:MOST_PLACEMENTS]})}
+        view = cut.view
+        nodes = {node.id: node for node in await self._views.some({one.node for one in view.placements})}
         reported = {(node.id, replica.name): replica.generation for node in nodes.values() for replica in node.replicas}
-        unheard = next((one.unheard for one in (await self._glance.fleet(minutes=HOUR_MIN)).deployments if one.name == name), 0)
+        summary = next((one for one in (await self._glance.fleet(minutes=HOUR_MIN)).deployments if one.name == name), None)
         context = {
             "view": view,
-            "placements": placements[:MOST_PLACEMENTS],
-            "refusals": view.refusals[:MOST_PLACEMENTS],
+            "placed": cut.placements,
+            "refused": cut.refusals,
             "nodes": nodes,
-            "unheard": unheard,
+            "unheard": summary.unheard if summary else 0,
+            "boxes": summary.boxes if summary else len(nodes),
             "silent": [node.id for node in nodes.values() if node.is_silent],
             "reported": reported,
             "rollout": await self._database.read(lambda tables: rollouts.shown(tables, name)),

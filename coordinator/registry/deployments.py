@@ -73,6 +73,12 @@ def read_outcomes(tables: Tables) -> dict[str, Outcome]:
     return {row["deployment"]: msgspec.json.decode(row["outcome"], type=Outcome) for row in tables.query("SELECT * FROM outcomes")}
 
 
+def read_outcome(tables: Tables, name: str) -> Outcome | None:
+    """The planner's word on one."""
+    rows = tables.query("SELECT outcome FROM outcomes WHERE deployment = ?", [name])
+    return next((msgspec.json.decode(row["outcome"], type=Outcome) for row in rows), None)
+
+
 def save_outcomes(tables: Tables, outcomes: dict[str, Outcome]) -> None:
     """Replace the planner's word on every deployment."""
     tables.execute("DELETE FROM outcomes")

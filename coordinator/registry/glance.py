@@ -98,11 +98,11 @@ def read_standing(tables: Tables, deployment: str, *, by_box: bool) -> Standing 
 
 
 _SILENT = " OR ".join(f"({STATES[state]})" for state in SILENT)
-_STANDING = f"""WITH placed AS MATERIALIZED (
+_PLACED = """WITH placed AS MATERIALIZED (
     SELECT json_extract(p.value, '$.node') AS node, json_extract(p.value, '$.replica') AS replica,
         coalesce(json_extract(p.value, '$.is_lost'), 0) AS is_lost
-    FROM outcomes o, json_each(o.outcome, '$.placements') p WHERE o.deployment = :name)
-SELECT json_extract(outcome, '$.wanted') AS wanted, coalesce(json_extract(outcome, '$.problem'), '') AS problem,
+    FROM outcomes o, json_each(o.outcome, '$.placements') p WHERE o.deployment = :name)"""
+_STANDING = f"""{_PLACED} SELECT json_extract(outcome, '$.wanted') AS wanted, coalesce(json_extract(outcome, '$.problem'), '') AS problem,
     (SELECT count(DISTINCT p.replica || CASE WHEN :by_box THEN '/' || p.node ELSE '' END) FROM placed p
         JOIN told t ON t.deployment = :name AND t.node = p.node AND t.replica = p.replica
         JOIN said s ON s.deployment = :name AND s.node = p.node AND s.replica = p.replica
@@ -110,6 +110,15 @@ SELECT json_extract(outcome, '$.wanted') AS wanted, coalesce(json_extract(outcom
     (SELECT count(*) FROM placed p JOIN nodes n ON n.id = p.node WHERE {_SILENT}) AS unheard,
     (SELECT count(DISTINCT node) FROM placed) AS boxes
 FROM outcomes WHERE deployment = :name"""  # noqa: S608 - constants
+_WORST = f"""{_PLACED} SELECT p.node AS node, p.replica AS replica FROM placed p
+    LEFT JOIN told t ON t.deployment = :name AND t.node = p.node AND t.replica = p.replica
+    LEFT JOIN said s ON s.deployment = :name AND s.node = p.node AND s.replica = p.replica
+    ORDER BY s.phase IS 'ready' AND s.generation IS t.generation AND s.sha256 IS t.sha256, p.node, p.replica LIMIT :most"""  # noqa: S608 - constants
+
+
+def read_worst(tables: Tables, deployment: str, *, most: int) -> set[tuple[str, str]]:
+    """Box and name of so many of its placements, those that do not run what they should before others."""
+    return {(row["node"], row["replica"]) for row in tables.query(_WORST, {"name": deployment, "most": most})}
 
 
 def read_running(tables: Tables, deployment: str) -> set[tuple[str, str]]:

@@ -201,6 +201,7 @@ def test_the_link_and_the_network_of_a_box_are_measured(world):
 def test_a_box_is_let_in_from_the_first_steps_and_seen_to_join(visitor, world):
     page = visitor.log_in()
     page.get_by_role("link", name="Getting started").click()
+    page.wait_for_url("**/start", wait_until="load")
     page.get_by_label("Name").fill("store-9")
     page.get_by_label("Labels").fill("site=store-9 colour")
     page.get_by_role("button", name="Make a claim").click()
@@ -223,6 +224,7 @@ def test_colours_are_chosen_and_stay_and_settings_tell_no_secret(visitor, world)
     page = visitor.log_in()
     page.get_by_role("link", name="Settings").click()
     expect(page.locator("main")).to_contain_text("keep_rollups_h")
+    page.wait_for_load_state()  # its script stands by then
     ground = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(ground)
     page.get_by_label("Colours").select_option("dark")

@@ -1,4 +1,5 @@
-"""Boxes' gateways, as the coordinator asks them: for an operator who tries a model, and for nothing else.
+"""Boxes' gateways, as the coordinator asks them: for an operator who tries a model or wonders who would answer, and for
+nothing else.
 
 Where a box's gateway is, the box says itself. Over TLS it must show the certificate of that very box; without, it is asked only where the
 coordinator itself does without. What comes back is bounded and never followed elsewhere.
@@ -49,6 +50,17 @@ class Gateways:
 
     async def infer(self, node: str, url: str, deployment: str, body: bytes, headers: dict[str, str]) -> Asked:
         """One request of the Open Inference Protocol. Raises NotAnswered."""
+        passed = {key: headers[key] for key in PASSED_ON if key in headers}
+        return await self._ask("POST", node, url, f"{deployment}/infer", body=body, headers=passed)
+
+    async def decide(self, node: str, url: str, deployment: str, query: dict[str, str]) -> Asked:
+        """What the box would do with a request that came now. Raises NotAnswered."""
+        return await self._ask("GET", node, url, f"{deployment}/decision", query=query)
+
+    async def _ask(
+        self, method: str, node: str, url: str, path: str, *, body: bytes = b"", headers: dict[str, str] | None = None,
+        query: dict[str, str] | None = None,
+    ) -> Asked:  # fmt: skip
         scheme = url.partition("://")[0]
         if scheme != "https" and (scheme != "http" or self._context is not None):
             raise NotAnswered(f"box {node} says that its gateway is at {url[:200]!r}, which is not over TLS")
@@ -58,9 +70,9 @@ class Gateways:
         try:
             async with (
                 aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session,
-                session.post(
-                    f"{url.rstrip('/')}/v2/models/{deployment}/infer", data=body, allow_redirects=False, ssl=secured or True,
-                    server_hostname=name, headers={key: headers[key] for key in PASSED_ON if key in headers},
+                session.request(
+                    method, f"{url.rstrip('/')}/v2/models/{path}", data=body or None, params=query, allow_redirects=False,
+                    ssl=secured or True, server_hostname=name, headers=headers,
                 ) as response,
             ):  # fmt: skip
                 answer = await response.content.read(MOST_ANSWER_BYTES + 1)

@@ -20,10 +20,11 @@ from coordinator.registry.measurements import Served
 from skerry import __version__
 from skerry.runtime import refusals
 from skerry.wire.api import NodeState, ServeView, StatusView
-from skerry.wire.fleet import DeploymentSummary, FleetView, MapView
+from skerry.wire.fleet import WHO, DeploymentSummary, FleetView, FlowRow, FlowView, MapView
 
 MOST_NEEDY = 50
 MOST_KEYS = 20
+MOST_FLOWS = 15
 HOUR_S = 3600
 PACKED = 5
 """How hard gzip tries."""
@@ -98,6 +99,22 @@ class Glance:
         """Every box that is looked for as a letter, put together by a label."""
         key = ("map", by, msgspec.json.encode(search))
         return await self._recent.get(key, lambda: self._database.read(lambda tables: _map(tables, search, by)))
+
+    async def flow(self, *, minutes: int, by: str, deployment: str = "") -> FlowView:
+        """From where requests came, and who answered."""
+        key = ("flow", minutes, by, deployment)
+        since_s = int(time.time()) - minutes * 60
+        found = await self._recent.get(
+            key, lambda: self._database.read(lambda tables: measurements.read_flow(tables, since_s=since_s, by=by, deployment=deployment))
+        )
+        rows = [FlowRow(*row) for row in found]
+        rest = rows[MOST_FLOWS:]
+        together = FlowRow("…", *(sum(getattr(row, who) for row in rest) for who in WHO))
+        return FlowView(minutes, by, [*rows[:MOST_FLOWS], *([together] if rest else [])], len(rest))
+
+    async def label_keys(self) -> list[str]:
+        """By which boxes can be put together."""
+        return await self._recent.get("keys", lambda: self._database.read(lambda tables: glance.read_label_keys(tables, most=MOST_KEYS)))
 
     async def _sums(self) -> _Sums:
         return await self._recent.get("sums", lambda: self._database.read(_sums))

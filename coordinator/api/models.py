@@ -5,7 +5,7 @@ from sqlite_utils import Database as Tables
 
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
-from coordinator.api.calls import Call, checked, model_version, unknown
+from coordinator.api.calls import Call, checked, model_version, number, unknown
 from coordinator.gateways import Gateways, NotAnswered
 from coordinator.model_store import ModelStore, NotTaken
 from coordinator.registry import deployments, glance
@@ -13,10 +13,13 @@ from coordinator.registry.database import Database
 from coordinator.views import Views
 from skerry.wire import codec
 from skerry.wire.api import ModelView, NodeView
+from skerry.wire.decision import Decision
 from skerry.wire.model_graph import ModelGraph
 
 MOST_BODY_BYTES = 16 * 2**20
 MOST_LOOKED_AT = 12
+MOST_DECISION_BYTES = 2**20
+ASKED = {"deadline_ms": (1, 600_000), "size_bytes": (0, MOST_BODY_BYTES)}
 MOST_TRIED = 3
 """Boxes that are asked one after the other."""
 CALLS = [
@@ -26,6 +29,14 @@ CALLS = [
         "POST", "/v1/deployments/{name}/infer", "try_deployment",
         "Have a box answer one request, as its own callers would have it: the body and the answer are the Open Inference Protocol's",
         "application/json", role="operator", body="application/json", query={"node": "that box; any that has it ready where none is named"},
+    ),
+    Call(
+        "GET", "/v1/deployments/{name}/decision", "foresee_decision",
+        "Ask a box what it would do with a request that came now, and by which numbers; the header Skerry-Asked names it", Decision,
+        role="operator", query={
+            "node": "that box; any that has it ready where none is named", "deadline_ms": "1 to 600000: the time that the request has",
+            "size_bytes": "0 to 16777216: the size of its inputs",
+        },
     ),
 ]  # fmt: skip
 
@@ -86,6 +97,26 @@ class ModelCalls:
                 raise _refusal(node.id, asked.status, asked.body, asked.headers)
             return web.Response(body=asked.body, headers=asked.headers)
         raise refuse(502, "not_answered", "; ".join(reasons) or "no box answered")
+
+    async def foresee_decision(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name = request.match_info["name"]
+        query = {
+            key: str(number(request, key, least, least=least, most=most)) for key, (least, most) in ASKED.items() if key in request.query
+        }
+        node = (await self._hosts(name, request.query.get("node", "")))[0]
+        try:
+            asked = await self._gateways.decide(node.id, node.gateway_url, name, query)
+        except NotAnswered as exc:
+            raise refuse(502, "not_answered", str(exc)) from exc
+        if asked.status >= 300:
+            raise _refusal(node.id, asked.status, asked.body, asked.headers)
+        try:
+            answer = json_answer(codec.decode(asked.body, Decision, max_bytes=MOST_DECISION_BYTES))
+        except codec.Malformed as exc:
+            raise refuse(502, "not_answered", f"box {node.id} says what this version does not understand: {exc}") from exc
+        answer.headers["Skerry-Asked"] = node.id
+        return answer
 
     async def _hosts(self, name: str, wanted: str) -> list[NodeView]:
         """Boxes that have it ready and are heard, one that is named alone. Raises Refused."""

@@ -4,10 +4,12 @@ import asyncio
 import time
 from typing import Any
 
+import msgspec
 from aiohttp import web
 from sqlite_utils import Database as Tables
 
 from coordinator.api import releases, rollouts
+from coordinator.console.flow import picture
 from coordinator.console.language import N_, _
 from coordinator.console.rendering import is_fragment, missing, page
 from coordinator.console.verdict import judge
@@ -32,6 +34,9 @@ MOST_OFFERED = 200
 MOST_HOSTS = 50
 """Boxes among which one may be chosen to try a model."""
 HOUR_MIN = 60
+MOST_NOTED = 30
+ROUTED = "request.routed"
+SITE = "site"
 SIGNATURES: dict[SignatureState, str] = {
     "verified": N_("Signed with a key that this coordinator trusts."),
     "not_trusted": N_("Signed with a key that this coordinator does not trust."),
@@ -198,6 +203,33 @@ class Pages:
             "hosts": ready[:MOST_HOSTS],
         }
         return page(request, "model.html", context)
+
+    async def split(self, request: web.Request) -> web.StreamResponse:
+        """From where requests came and who answered, what boxes noted of their decisions, and what one would do."""
+        minutes, keys = _minutes(request, HOUR_MIN), await self._glance.label_keys()
+        asked = request.query.get("by", "")
+        by = asked if asked in keys else SITE if SITE in keys or not keys else keys[0]
+        names = [view.name for view in (await self._glance.fleet(minutes=HOUR_MIN)).deployments]
+        deployment = wanted if (wanted := request.query.get("deployment", "")) in names else ""
+        flow, noted, boxes = await asyncio.gather(
+            self._glance.flow(minutes=minutes, by=by, deployment=deployment),
+            self._views.events(kind=ROUTED, subject=deployment, limit=MOST_NOTED),
+            self._views.found(Search(), after="", limit=MOST_OFFERED),
+        )
+        context = {
+            "picture": picture(flow.rows),
+            "rows": [msgspec.structs.asdict(row) for row in flow.rows],
+            "others": flow.others,
+            "total": sum(row.total for row in flow.rows),
+            "minutes": minutes,
+            "by": by,
+            "keys": keys or [SITE],
+            "deployment": deployment,
+            "deployments": names,
+            "names": [one.id for one in boxes.nodes],
+            "noted": noted,
+        }
+        return page(request, "split.html", context)
 
     async def rollouts(self, request: web.Request) -> web.StreamResponse:
         """What spreads in waves, or did last: the box software, and changes of deployments, those that go on first."""

@@ -38,6 +38,7 @@ def attach(
             web.get("/deploy", see(pages.edit, "operator")),
             web.get("/models", see(pages.models)),
             web.get("/models/{name}/{version}", see(pages.model)),
+            web.get("/split", see(pages.split)),
             web.get("/rollouts", see(pages.rollouts)),
             web.get("/start", see(guide.start)),
             web.get("/api", see(guide.calls)),

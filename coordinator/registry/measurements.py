@@ -151,6 +151,19 @@ def totals(tables: Tables, *, since_s: int) -> dict[str, Served]:
     }
 
 
+def read_flow(tables: Tables, *, since_s: int, by: str, deployment: str = "") -> list[tuple[str, int, int, int, int]]:
+    """By the value of a label of the boxes that were asked ("" for none): requests that edge, peer and cloud answered, and those refused;
+    the most first."""
+    sums = ", ".join(f"CAST(min({MOST}, total(s.{name})) AS INTEGER) AS {name}" for name in ("edge", "peer", "cloud", "refused"))
+    rows = tables.query(
+        f"SELECT coalesce(l.value, '') AS value, {sums} FROM serve_rollups s LEFT JOIN node_labels l ON l.node = s.node AND l.key = ?"  # noqa: S608 - constants
+        " WHERE s.node != ? AND s.at_s >= ? AND (? = '' OR s.deployment = ?) GROUP BY value"
+        " ORDER BY total(s.edge) + total(s.peer) + total(s.cloud) + total(s.refused) DESC, value",
+        [by, ALL, since_s, deployment, deployment],
+    )
+    return [(row["value"], row["edge"], row["peer"], row["cloud"], row["refused"]) for row in rows]
+
+
 def read_served_by(tables: Tables, boxes: list[str], *, since_s: int, deployment: str = "") -> list[Served]:
     """Buckets of some boxes from ``since_s`` on, of one deployment or of each."""
     rows = tables.query(

@@ -136,7 +136,8 @@ class Door:
             return reason
         if caller.role == "coordinator" and FORWARDED.lower() in head.headers:
             return f"the coordinator asks for itself, and {FORWARDED} says otherwise"
-        if head.method != "POST" or not head.path.endswith("/infer"):
+        asks = ("POST", "/infer") if head.method == "POST" or caller.role != "coordinator" else ("GET", "/decision")
+        if head.method != asks[0] or not head.path.endswith(asks[1]):
             return "requests for inference are answered here, and nothing else"
         if caller.role == "gateway" and head.headers.get(FORWARDED.lower()) != caller.name:
             return f"the certificate is {caller.name}'s, and {FORWARDED} says otherwise"

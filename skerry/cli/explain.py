@@ -1,9 +1,8 @@
 """``skerry explain``: why a deployment runs where it does, and who answers its requests: a gateway's word, or what boxes noted."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 from urllib.parse import quote, urlencode
 
-import msgspec
 import typer
 from rich.markup import escape
 
@@ -12,54 +11,13 @@ from skerry.cli.client import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_REFUSED, EXIT_US
 from skerry.cli.command import Json, reporting
 from skerry.wire import codec, units
 from skerry.wire.api import DeploymentView, EventView
+from skerry.wire.decision import Decision
 
 ROUTED = "request.routed"
 MOST_EVENTS = 20
 MOST_ASKED = 1000
 """Of the decisions: the search by subject finds those on deployments of longer names too, such as ``a-b`` for ``a``."""
 ASK_S = 10.0
-
-
-class Other(msgspec.Struct, frozen=True):
-    """Another box that may answer: what it would take, link and work apart; ``why_not`` is empty where it could."""
-
-    node: str
-    tier: str = ""
-    estimate_ms: float | None = None
-    link_ms: float | None = None
-    remote_ms: float | None = None
-    why_not: str = ""
-
-
-class Numbers(msgspec.Struct, frozen=True):
-    """What a decision was made of. A time that is absent is not known, or without end."""
-
-    remaining_ms: float | None = None
-    here_ms: float | None = None
-    queue_ms: float | None = None
-    service_ms: float | None = None
-    upstreams: list[Other] = []
-
-
-class Recent(msgspec.Struct, frozen=True):
-    """A decision that the gateway made lately."""
-
-    at_ms: int
-    text: str
-
-
-class Decision(msgspec.Struct, frozen=True):
-    """A gateway's answer: what it would do with a request that came now."""
-
-    deployment: str
-    decision: Literal["here", "forward", "refuse"]
-    reason: str
-    model: str = ""
-    version: int | str = ""
-    served_by: str = ""
-    node: str = ""
-    numbers: Numbers = Numbers()
-    recent: list[Recent] = []
 
 
 @reporting

@@ -92,3 +92,31 @@ class Difference(msgspec.Struct, frozen=True):
     def is_alike(self) -> bool:
         """Whether there is none."""
         return all(line.is_alike for line in self.lines)
+
+
+WHO = ("edge", "peer", "cloud", "refused")
+"""Who answers; ``refused``: nobody."""
+
+
+class FlowRow(msgspec.Struct, frozen=True):
+    """Requests that came to boxes with one value of a label ("" for none), by who answered them."""
+
+    value: str
+    edge: int = 0
+    peer: int = 0
+    cloud: int = 0
+    refused: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.edge + self.peer + self.cloud + self.refused
+
+
+class FlowView(msgspec.Struct, frozen=True):
+    """From where requests came within ``minutes``, those first that asked most; ``others`` of them are put together in a last row."""
+
+    minutes: int
+    by: str
+    rows: list[FlowRow]
+    others: int = 0

@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from skerry.wire.api import LoadView, NodeView
-from skerry.wire.fleet import Difference, FleetView, MapView
+from skerry.wire.fleet import Difference, FleetView, FlowView, MapView
 from skerry.wire.identity import ClaimView
 from skerry.wire.model_graph import ModelGraph
 from tests.e2e.visitor import LIVE_MS
@@ -23,8 +23,8 @@ from tests.e2e.world import World, running, wait_until
 
 PIXELS = "name: pixels\nmodel: pixels:1\nplace: {tier: [edge]}\nresources: {memory: 128MiB}\nslo: {deadline_ms: 5000}\n"
 PATHS = (
-    "/", "/nodes", "/nodes/store-1", "/deployments/pixels", "/deploy", "/models", "/models/pixels/1", "/rollouts", "/events", "/audit",
-    "/start", "/api", "/settings", "/account",
+    "/", "/nodes", "/nodes/store-1", "/deployments/pixels", "/deploy", "/models", "/models/pixels/1", "/split", "/rollouts", "/events",
+    "/audit", "/start", "/api", "/settings", "/account",
 )  # fmt: skip
 wide = pytest.mark.parametrize("width", [1280], indirect=True)
 
@@ -195,6 +195,39 @@ def test_the_link_and_the_network_of_a_box_are_measured(world):
 
     wait_until(lambda: any(point.link_rtt_ms > 0 for point in points().points), 20)
     assert all(0 <= point.link_rtt_ms < 5000 and point.network_sent_bytes_per_s >= 0 for point in points().points)
+
+
+def test_the_split_is_shown_as_a_picture_and_a_box_is_asked_what_it_would_do(visitor, world, width):
+    good = {"inputs": [{"name": "image", "shape": [1, 3, 8, 16], "datatype": "FP32", "data": [0.25] * 384}]}
+    for _ in range(5):
+        world.api.call("POST", "/v1/deployments/pixels/infer", dict, body=json.dumps(good).encode(), query={"node": "store-2"})
+
+    def asked() -> int:
+        flow = world.api.call("GET", "/v1/flow", FlowView)
+        return sum(row.edge for row in flow.rows if row.value == "store-2")
+
+    wait_until(lambda: asked() >= 5, 20)
+    page = visitor.log_in()
+    page.goto(world.fleet.url + "/split")
+    expect(page.locator("svg.flow")).to_contain_text("store-2")
+    page.get_by_text("As a table").click()
+    expect(page.locator('[data-live="flow"] table')).to_contain_text("store-2")
+    expect(page.locator('[data-live="noted"]')).to_contain_text("fits here", timeout=LIVE_MS)
+    form = page.locator("#whatif")
+    form.get_by_label("Box").fill("store-1")
+    form.get_by_label("Deadline, ms").fill("3000")
+    form.get_by_role("button", name="Ask").click()
+    expect(page.locator("#whatif-answer")).to_contain_text("store-1: would answer itself")
+    expect(page.locator("#whatif-answer")).to_contain_text(re.compile(r"(29\d\d|3000) ms left"))
+    form.get_by_label("Box").fill("cloud-1")
+    form.get_by_role("button", name="Ask").click()
+    expect(page.locator("#whatif-answer")).to_contain_text("not ready on box 'cloud-1'")
+    page.goto(world.fleet.url + "/split?deployment=pixels&by=region&minutes=15")
+    expect(page.locator("svg.flow")).to_contain_text("north")
+    across, seen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert across <= seen
+    shot(page, f"split-{width}")
+    assert visitor.foreign() == []
 
 
 @wide

@@ -33,7 +33,7 @@ CALLS = [
     Call(
         "GET", "/v1/deployments/{name}/decision", "foresee_decision",
         "Ask a box what it would do with a request that came now, and by which numbers; the header Skerry-Asked names it", Decision,
-        role="operator", query={
+        query={
             "node": "that box; any that has it ready where none is named", "deadline_ms": "1 to 600000: the time that the request has",
             "size_bytes": "0 to 16777216: the size of its inputs",
         },

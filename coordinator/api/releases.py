@@ -24,7 +24,7 @@ from coordinator.core.rollout import State
 from coordinator.core.software import RULES, Release, Spread
 from coordinator.model_store import ModelStore, NotTaken
 from coordinator.news import News
-from coordinator.registry import audit, events, releases
+from coordinator.registry import audit, events, finding, releases
 from coordinator.registry.database import Database
 from coordinator.software_rollout import Fleet, title
 from skerry.release import unpack
@@ -292,13 +292,16 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def view(tables: Tables) -> SoftwareView:
     """As people and scripts see it."""
-    fleet, spread = Fleet(tables), releases.read_spread(tables)
+    spread = releases.read_spread(tables)
+    if spread is None:  # nothing was ever rolled out: then no box is read for it
+        return SoftwareView("", dict(sorted(finding.count_by_version(tables).items())), None, [])
+    fleet = Fleet(tables)
     versions = Counter(birth.version for birth in fleet.births.values())
     troubles = [
         TroubleView(node, said.version, said.phase, said.reason) for node, said in sorted(fleet.said.items()) if said.phase == "failed"
     ]
-    wanted = "" if spread is None else spread.earlier if spread.is_taken_back else spread.version
-    return SoftwareView(wanted, dict(sorted(versions.items())), _rollout(spread, fleet) if spread else None, troubles[:MOST_SHOWN])
+    wanted = spread.earlier if spread.is_taken_back else spread.version
+    return SoftwareView(wanted, dict(sorted(versions.items())), _rollout(spread, fleet), troubles[:MOST_SHOWN])
 
 
 def spreading(tables: Tables) -> list[RolloutView]:

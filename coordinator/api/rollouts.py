@@ -113,8 +113,9 @@ def shown(tables: Tables, name: str) -> RolloutView | None:
 
 def views(tables: Tables) -> list[RolloutView]:
     """Of every deployment that has one."""
-    world = World(tables)
-    return [view_of(held, world) for held in rollouts.read_rollouts(tables)]
+    found = rollouts.read_rollouts(tables)
+    world = World(tables) if found else None  # every box: not for nothing
+    return [view_of(held, world) for held in found if world is not None]
 
 
 def view_of(held: Rollout, world: World) -> RolloutView:

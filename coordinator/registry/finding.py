@@ -63,8 +63,8 @@ def count(tables: Tables, search: Search) -> int:
 
 
 def count_by_version(tables: Tables) -> dict[str, int]:
-    """Of the boxes that said what they run."""
-    rows = tables.query("SELECT version, count(*) AS n FROM nodes WHERE version IS NOT NULL GROUP BY version")
+    """Of the boxes that said what they run, and were not thrown out."""
+    rows = tables.query(f"SELECT version, count(*) AS n FROM nodes n WHERE version IS NOT NULL AND NOT {OUT} GROUP BY version")  # noqa: S608 - constants
     return {row["version"]: row["n"] for row in rows}
 
 

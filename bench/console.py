@@ -18,10 +18,10 @@ import aiohttp
 import psutil
 from playwright.async_api import async_playwright
 
-from bench.lists import UP_WITHIN_S, fill, rests
+from bench.lists import begin_filled
 from bench.report import report
-from sim.ground import Ground, run, standing, until
-from skerry.wire.api import LoginLink, StatusView
+from sim.ground import Ground, run, standing
+from skerry.wire.api import LoginLink
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -147,22 +147,8 @@ async def measure(boxes: int, count: int, seconds: float) -> dict[str, object]:
         standing() as ground,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), cookie_jar=jar, connector=connector) as session,
     ):
-        await ground.kill("coordinator")
-        await asyncio.to_thread(fill, ground, boxes)
-        await ground.start_process("coordinator")
-
-        async def is_up() -> bool:
-            try:
-                return (await ground.call(session, "GET", "/v1/status", StatusView)).broker_connected
-            except aiohttp.ClientError:
-                return False
-
-        await until(is_up, within_s=UP_WITHIN_S, what="a coordinator that answers")
-        process = psutil.Process(ground.pid("coordinator"))
-        await until(lambda: rests(process), within_s=UP_WITHIN_S, what="a coordinator that has planned")
+        await begin_filled(ground, session, boxes)
         paints, weights = await pages(ground, session)
-        async with session.post(f"{ground.url}/login", data={"token": ground.token}, headers={"Origin": ground.url}) as entered:
-            entered.raise_for_status()
         followed = await viewers(ground, session, count, seconds)
     return {
         "boxes": boxes,

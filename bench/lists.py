@@ -15,6 +15,7 @@ import sys
 import time
 
 import aiohttp
+import msgspec
 import psutil
 from sqlite_utils import Database as Tables
 
@@ -84,31 +85,45 @@ async def rests(process: psutil.Process) -> bool:
     return process.cpu_percent(None) < RESTS_PERCENT
 
 
+class Begun(msgspec.Struct, frozen=True):
+    """How long it took to fill the registry, and the coordinator on it to answer, and to rest."""
+
+    filled_s: float
+    up_s: float
+    planned_s: float
+
+
+async def begin_filled(ground: Ground, session: aiohttp.ClientSession, boxes: int) -> Begun:
+    """A coordinator on a filled registry that has planned and told all boxes; the session is logged in at its console."""
+    await ground.kill("coordinator")
+    began = time.monotonic()
+    await asyncio.to_thread(fill, ground, boxes)
+    filled_s, began = time.monotonic() - began, time.monotonic()
+    await ground.start_process("coordinator")
+
+    async def is_up() -> bool:
+        try:
+            return (await ground.call(session, "GET", "/v1/status", StatusView)).broker_connected
+        except aiohttp.ClientError:
+            return False
+
+    await until(is_up, within_s=UP_WITHIN_S, what="a coordinator that answers")
+    up_s = time.monotonic() - began
+    process = psutil.Process(ground.pid("coordinator"))
+    await until(lambda: rests(process), within_s=UP_WITHIN_S, what="a coordinator that has planned")
+    planned_s = time.monotonic() - began
+    async with session.post(f"{ground.url}/login", data={"token": ground.token}, headers={"Origin": ground.url}) as entered:
+        entered.raise_for_status()
+    return Begun(round(filled_s, 1), round(up_s, 1), round(planned_s, 1))
+
+
 async def measure(boxes: int, rounds: int) -> dict[str, object]:
     """All of it."""
     jar = aiohttp.CookieJar(unsafe=True)  # the coordinator is known by an address here
     async with standing() as ground, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60), cookie_jar=jar) as session:
-        await ground.kill("coordinator")
-        began = time.monotonic()
-        await asyncio.to_thread(fill, ground, boxes)
-        filled_s, began = time.monotonic() - began, time.monotonic()
-        await ground.start_process("coordinator")
-
-        async def is_up() -> bool:
-            try:
-                return (await ground.call(session, "GET", "/v1/status", StatusView)).broker_connected
-            except aiohttp.ClientError:
-                return False
-
-        await until(is_up, within_s=UP_WITHIN_S, what="a coordinator that answers")
-        up_s = time.monotonic() - began
+        begun = await begin_filled(ground, session, boxes)
         fleet = await ground.call(session, "GET", "/v1/fleet", FleetView)
-        began = time.monotonic()
         coordinator = psutil.Process(ground.pid("coordinator"))
-        await until(lambda: rests(coordinator), within_s=UP_WITHIN_S, what="a coordinator that has planned")
-        planned_s = up_s + time.monotonic() - began
-        async with session.post(f"{ground.url}/login", data={"token": ground.token}, headers={"Origin": ground.url}) as entered:
-            entered.raise_for_status()
         took_ms: dict[str, list[float]] = {title: [] for title in ASKED}
         size: dict[str, int] = {}
         for _ in range(rounds):
@@ -127,9 +142,7 @@ async def measure(boxes: int, rounds: int) -> dict[str, object]:
     return {
         "boxes": boxes,
         "replicas_ready": fleet.deployments[0].ready,
-        "filled_s": round(filled_s, 1),
-        "up_s": round(up_s, 1),
-        "planned_s": round(planned_s, 1),
+        **msgspec.structs.asdict(begun),
         "resident_mib": round(resident / 2**20),
         "p50_ms": {title: round(statistics.median(each), 1) for title, each in took_ms.items()},
         "p95_ms": p95,

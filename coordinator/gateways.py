@@ -11,6 +11,7 @@ from collections.abc import Callable
 import aiohttp
 import msgspec
 
+from skerry.runtime import streams
 from skerry.wire.identity import Subject
 
 TIMEOUT_S = 15.0
@@ -75,9 +76,7 @@ class Gateways:
                     ssl=secured or True, server_hostname=name, headers=headers,
                 ) as response,
             ):  # fmt: skip
-                answer = await response.content.read(MOST_ANSWER_BYTES + 1)
-                while len(answer) <= MOST_ANSWER_BYTES and (more := await response.content.read(MOST_ANSWER_BYTES)):
-                    answer += more
+                answer = await streams.beginning(response.content, MOST_ANSWER_BYTES)
                 if len(answer) > MOST_ANSWER_BYTES:
                     raise NotAnswered(f"box {node} answered with more than {MOST_ANSWER_BYTES} bytes")
                 return Asked(response.status, {key: response.headers[key][:2000] for key in TOLD if key in response.headers}, answer)

@@ -54,13 +54,7 @@ class Recent:
     async def get(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
         """The answer, of the last change, or where it is dear one of the last few seconds. Raises what ``make`` raises, to all who wait."""
         held = self._made.get(key)
-        if held is not None and not self._is_good(held) and held.is_there and held.cost_s > CHEAP_S and held.age_s < LONGEST_REST_S:
-            made = self._begin(key, make, before=held)  # nobody waits for it
-            made.earlier = held
-        elif held is None or not self._is_good(held):
-            made = self._begin(key, make, before=held)
-        else:
-            made = held
+        made = held if held is not None and self._is_good(held) else self._begin(key, make, before=held)
         self._made.move_to_end(key)
         given = made.earlier if made.earlier is not None and not made.is_there else made
         assert given.task is not None  # noqa: S101 - begun
@@ -69,7 +63,10 @@ class Recent:
 
     def _begin(self, key: Hashable, make: Callable[[], Awaitable[T]], *, before: _Made | None) -> _Made:
         made = _Made(self._news.version)
-        made.cost_s = before.cost_s if before else 0.0
+        if before is not None:
+            made.cost_s = before.cost_s
+            if before.is_there and before.cost_s > CHEAP_S and before.age_s < LONGEST_REST_S:
+                made.earlier = before  # nobody waits for the new one
 
         async def timed() -> T:
             began = time.monotonic()

@@ -66,7 +66,8 @@ class Webhooks:
                             break
                         failed = await self._taken(webhook, failed)
                     reached = event.id
-                await self._save(webhook, reached)
+                if fresh:  # measurements are news as well, many times a second: the disk is not asked for those
+                    await self._save(webhook, reached)
                 if fresh and reached != fresh[-1].id:
                     await self._not_taken(webhook, failed, why)
                     pause_s = backoff.delay_s(failed - 1, random.random(), first_s=hook.FIRST_S, most_s=hook.MOST_S)

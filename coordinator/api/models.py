@@ -5,6 +5,7 @@ from sqlite_utils import Database as Tables
 
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
+from coordinator.api.bodies import beginning
 from coordinator.api.calls import Call, checked, model_version, number, unknown
 from coordinator.gateways import Gateways, NotAnswered
 from coordinator.model_store import ModelStore, NotTaken
@@ -79,11 +80,7 @@ class ModelCalls:
     async def try_deployment(self, request: web.Request) -> web.Response:
         """See CALLS."""
         name = request.match_info["name"]
-        if (request.content_length or 0) > MOST_BODY_BYTES:
-            raise refuse(413, "too_large", f"the request has more than {MOST_BODY_BYTES} bytes")
-        body = await request.content.read(MOST_BODY_BYTES + 1)
-        while len(body) <= MOST_BODY_BYTES and (more := await request.content.read(MOST_BODY_BYTES)):
-            body += more
+        body = await beginning(request, MOST_BODY_BYTES)
         if len(body) > MOST_BODY_BYTES:
             raise refuse(413, "too_large", f"the request has more than {MOST_BODY_BYTES} bytes")
         reasons = []

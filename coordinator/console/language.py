@@ -1,7 +1,7 @@
 """In which language a page speaks: the browser's, or the one that somebody chose.
 
 English stands in the source. ``words/`` has gettext's catalogues for other languages, of pages and of scripts; ``make words`` finds what is
-is new in the source, and makes of them what is read here and in browsers.
+new in the source, and makes of them what is read here and in browsers.
 """
 
 import gettext
@@ -37,7 +37,7 @@ def current() -> str:
 
 def _(text: str, **values: object) -> str:
     """A text in that language; ``values`` go where it says ``%(name)s``."""
-    found = _catalogues[current()].gettext(text)
+    found = plain(text)
     return found % values if values else found
 
 

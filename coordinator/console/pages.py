@@ -22,7 +22,7 @@ from coordinator.registry import finding, glance
 from coordinator.registry.database import Database
 from coordinator.views import Views
 from skerry.wire.api import SILENT, DeploymentView, SignatureState, SplitView
-from skerry.wire.fleet import DeploymentSummary
+from skerry.wire.fleet import WHO, DeploymentSummary
 
 SPANS_MIN = {15: N_("15 min"), 60: N_("1 h"), 360: N_("6 h")}
 MOST_BOXES = 30
@@ -267,7 +267,7 @@ class Pages:
 
 
 def _totals(split: SplitView) -> dict[str, int]:
-    return {who: sum(getattr(point, who) for point in split.points) for who in ("edge", "peer", "cloud", "refused")}
+    return {who: sum(getattr(point, who) for point in split.points) for who in WHO}
 
 
 def _minutes(request: web.Request, usual: int) -> int:

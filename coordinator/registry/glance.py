@@ -9,6 +9,7 @@ from sqlite_utils import Database as Tables
 from coordinator.core.search import Search
 from coordinator.registry.events import Stream
 from coordinator.registry.finding import STATES, where
+from coordinator.registry.measurements import MOST
 from skerry.wire.api import SILENT
 from skerry.wire.fleet import Cell
 
@@ -151,9 +152,9 @@ def read_streams(tables: Tables) -> dict[Stream, Streams]:
 
 
 # total() and not sum(): numbers of a box in an enemy's hands add up to more than SQLite's whole numbers hold.
-_MISSING = """SELECT CAST(min(9007199254740992, total(json_extract(g.value, '$[1]') - json_extract(g.value, '$[0]') + 1)) AS INTEGER) AS n
-    FROM numberings, json_each(numbering, '$.gaps') g WHERE stream = ? AND json_array_length(numbering, '$.gaps') > 0"""
-_LOST = "SELECT CAST(min(9007199254740992, total(lost)) AS INTEGER) AS n FROM numberings WHERE stream = ?"
+_MISSING = f"""SELECT CAST(min({MOST}, total(json_extract(g.value, '$[1]') - json_extract(g.value, '$[0]') + 1)) AS INTEGER) AS n
+    FROM numberings, json_each(numbering, '$.gaps') g WHERE stream = ? AND json_array_length(numbering, '$.gaps') > 0"""  # noqa: S608 - constants
+_LOST = f"SELECT CAST(min({MOST}, total(lost)) AS INTEGER) AS n FROM numberings WHERE stream = ?"  # noqa: S608 - constants
 
 
 def _sum(tables: Tables, query: str, *values: Any) -> int:

@@ -1,6 +1,6 @@
 """The fleet at a glance, as the coordinator's REST API answers it: sums for pages that stay light however many boxes there are."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import msgspec
 
@@ -11,7 +11,6 @@ Cell = Literal["o", "t", "f", "s", "l", "g", "d", "n", "x"]
 """One box in a letter: ``o`` online and well, ``t`` online and a replica backs off, ``f`` a replica failed or the box refuses what it is
 told, ``s`` silent, ``l`` lost, ``g`` signed off, ``d`` drained, ``n`` not seen yet, ``x`` thrown out. One that is not heard now is told by
 that, whatever else it last said."""
-CELLS: tuple[Cell, ...] = get_args(Cell)
 
 
 class DeploymentSummary(msgspec.Struct, frozen=True):

@@ -191,7 +191,7 @@ def test_answers_are_compared_beside_what_serves_before_anybody_gets_one(good):
         good.wait_ready("scale")
         assert {name for name, answers in callers.answers.items() if set(answers) - {2.0}} == set(), "nobody ever had one"
         assert versions(good) == before, "nothing that serves was started anew"
-        wait_until(lambda: not is_compared(good), 20, lambda: good.nodes())
+        wait_until(lambda: not is_compared(good), 20, good.nodes)
         done = deploy(good, spec("scale:5", observe="4s", more=more[2:]), "--wait", "--timeout", "60s")
         assert done.returncode == 0, done.stderr
     assert callers.wrong == []

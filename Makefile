@@ -63,11 +63,10 @@ lock: ## resolve the requirements again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group mlserver -o requirements/mlserver.txt
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 --group fuzz -o requirements/fuzz.txt
 
-RELEASE_OPTIONS ?=
 RELEASE_FOR ?=
-release: setup ## all that a box or a coordinator needs, in one file, build/skerry-VERSION.tar; for others RELEASE_OPTIONS="--python-version 3.13" RELEASE_FOR="--python 3.13"
+release: setup ## all that a box or a coordinator needs, in one file, build/skerry-VERSION.tar; for boxes unlike this machine RELEASE_FOR="--python 3.13 --machine aarch64"
 	@rm -rf build/wheels build/lib && mkdir -p build/wheels
-	@set -o pipefail; $(BIN)/python -m pip download --disable-pip-version-check --progress-bar off --require-hashes --only-binary :all: $(RELEASE_OPTIONS) -r requirements/box.txt -d build/wheels 2>&1 | $(SHOW)
+	@set -o pipefail; $(BIN)/skerry release fetch --requirements requirements/box.txt --wheels build/wheels $(RELEASE_FOR) 2>&1 | $(SHOW)
 	@$(BIN)/python -m pip wheel -qqq --disable-pip-version-check --no-deps --no-build-isolation -w build/wheels . 2>/dev/null
 	@$(BIN)/skerry release build --wheels build/wheels --requirements requirements/box.txt --out build $(RELEASE_FOR)
 

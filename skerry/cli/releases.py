@@ -15,11 +15,27 @@ from skerry.cli.command import Json, reporting
 from skerry.cli.output import moment
 from skerry.image.engine import ImageError
 from skerry.release import archive, prune, unpack
+from skerry.release import wheels as locked_wheels
 from skerry.wire import codec, model_signature
 from skerry.wire.api import ReleaseView, RolloutView, SoftwareView, SpreadRequest
 from skerry.wire.units import format_bytes
 
 app = typer.Typer(no_args_is_help=True, help="Releases of Skerry itself, and which of them the boxes run.")
+
+
+@app.command("fetch")
+@reporting
+def release_fetch(
+    requirements: Annotated[Path, typer.Option(help="the lock file, with hashes")],
+    wheels: Annotated[Path, typer.Option(help="the folder to put them into")],
+    python: Annotated[str, typer.Option(help="the boxes' Python, as in 3.11 (default: this one)")] = "",
+    machine: Annotated[str, typer.Option(help="the boxes' processor, as in aarch64 (default: this one)")] = "",
+) -> None:
+    """Fetch the wheels that a lock file asks for on the boxes, for `skerry release build`; pip tells how far it is."""
+    try:
+        locked_wheels.fetch(requirements, wheels, python=python, machine=machine)
+    except (locked_wheels.NotFetched, ImageError, OSError) as exc:
+        raise CliError(str(exc)) from exc
 
 
 @app.command("build")
@@ -32,7 +48,7 @@ def release_build(
     machine: Annotated[str, typer.Option(help="the boxes' processor, as in aarch64 (default: this one)")] = "",
     as_json: Json = False,
 ) -> None:
-    """Make a release out of wheels; `make release` fetches them first."""
+    """Make a release out of wheels; `skerry release fetch` gets them."""
     try:
         path = out / f"skerry-{archive.version_of(wheels)}.tar" if out.is_dir() else out
         made = archive.build(wheels, requirements, path, python=python, machine=machine)

@@ -17,11 +17,11 @@ import msgspec
 from skerry.image.base import Python
 from skerry.image.lock import requirements_for
 from skerry.release.unpack import FORMAT, LOCK, MANIFEST, VERSION
+from skerry.release.wheels import PYTHON
 
 HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 WHEEL = re.compile(r"(?P<name>[A-Za-z0-9_.]+)-(?P<version>[A-Za-z0-9_.!+]+)(-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl")
 OWN = "skerry"
-PYTHON = ".".join(platform.python_version_tuple()[:2])
 CHUNK_BYTES = 2**20
 
 

@@ -18,6 +18,7 @@ from tests.boxes.machine import Ground, Machine
 
 REPO = Path(__file__).resolve().parents[2]
 ANSIBLE = REPO / "ansible"
+SKERRY = Path(sysconfig.get_path("scripts")) / "skerry"
 PLAY_WITHIN_S = 900
 FLEET = "shops"
 KEY = "releases.key"
@@ -165,9 +166,8 @@ def _recap(text: str) -> dict[str, dict[str, int]]:
 
 def fetch_wheels(folder: Path) -> None:
     """Those of the lock file, for the boxes' Python."""
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:"]
-    python = ["--python-version", root.PYTHONS[root.suite()]]
-    subprocess.run([*pip, *python, "-r", REPO / "requirements/box.txt", "-d", folder], check=True, capture_output=True, timeout=600)
+    fetch = [SKERRY, "release", "fetch", "--requirements", REPO / "requirements/box.txt", "--wheels", folder]
+    subprocess.run([*fetch, "--python", root.PYTHONS[root.suite()]], check=True, capture_output=True, timeout=600)
 
 
 def release(version: str, folder: Path, wheels: Path, **patches: str) -> Path:
@@ -208,13 +208,12 @@ def release(version: str, folder: Path, wheels: Path, **patches: str) -> Path:
     ]
     subprocess.run(pip, check=True, timeout=300)
     out = folder / f"skerry-{version}.tar"
-    skerry = Path(sysconfig.get_path("scripts")) / "skerry"
-    words = [skerry, "release", "build", "--wheels", made, "--requirements", REPO / "requirements/box.txt", "--out", out]
+    words = [SKERRY, "release", "build", "--wheels", made, "--requirements", REPO / "requirements/box.txt", "--out", out]
     subprocess.run([*words, "--python", root.PYTHONS[root.suite()]], check=True, timeout=300, capture_output=True)
     key = folder / KEY
     if not key.exists():
-        subprocess.run([skerry, "release", "keygen", "--key", key], check=True, timeout=60, capture_output=True)
-    subprocess.run([skerry, "release", "sign", out, "--key", key], check=True, timeout=60, capture_output=True)
+        subprocess.run([SKERRY, "release", "keygen", "--key", key], check=True, timeout=60, capture_output=True)
+    subprocess.run([SKERRY, "release", "sign", out, "--key", key], check=True, timeout=60, capture_output=True)
     shutil.rmtree(tree)
     shutil.rmtree(made)
     return out

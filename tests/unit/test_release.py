@@ -4,11 +4,12 @@ import hashlib
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from skerry.release import archive, prune, unpack
+from skerry.release import archive, prune, unpack, wheels
 
 LOCK = """\
 msgspec==0.19.0 \\
@@ -61,6 +62,50 @@ def test_a_wheel_that_is_missing_or_another_is_found_where_the_release_is_made(s
     (site / "wheels/msgspec-0.19.0-cp311-cp311-manylinux_2_17_x86_64.whl").write_bytes(b"tampered with")
     with pytest.raises(archive.NotBuilt, match=r"no wheel of msgspec==0\.19\.0"):
         build(site)
+
+
+def wheel_file(folder: Path, name: str, version: str, tag: str) -> str:
+    """Makes one that pip takes; its digest."""
+    path = folder / f"{name}-{version}-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archived:
+        archived.writestr(f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archived.writestr(f"{name}-{version}.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        archived.writestr(f"{name}-{version}.dist-info/RECORD", "")
+    return digest(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("python", "machine", "fetched"),
+    [
+        ("3.11", "x86_64", {"both-1.0-py3-none-any.whl", "part-1.0-cp311-cp311-manylinux_2_28_x86_64.whl"}),
+        ("3.13", "x86_64", {"both-1.0-py3-none-any.whl", "part-2.0-cp313-cp313-manylinux_2_28_x86_64.whl"}),
+        ("3.13", "aarch64", {"both-1.0-py3-none-any.whl", "part-2.0-cp313-cp313-manylinux_2_28_aarch64.whl"}),
+    ],
+)
+def test_wheels_are_fetched_for_the_boxes_python_and_processor_and_not_for_ours(tmp_path, monkeypatch, python, machine, fetched):
+    index = tmp_path / "index"
+    index.mkdir()
+    both = wheel_file(index, "both", "1.0", "py3-none-any")
+    parts = {
+        version: [wheel_file(index, "part", version, f"{tag}-{tag}-manylinux_2_28_{one}") for one in ("x86_64", "aarch64")]
+        for version, tag in (("1.0", "cp311"), ("2.0", "cp313"))
+    }
+    lock = tmp_path / "lock.txt"
+    lines = [f"both==1.0 --hash=sha256:{both}"]
+    for version, marker in (("1.0", "python_full_version < '3.12'"), ("2.0", "python_full_version >= '3.12'")):
+        lines.append(f"part=={version} ; {marker} " + " ".join(f"--hash=sha256:{one}" for one in parts[version]))
+    lock.write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    wheels.fetch(lock, tmp_path / "wheels", python=python, machine=machine)
+    assert {path.name for path in (tmp_path / "wheels").iterdir()} == fetched
+
+
+def test_a_wheel_that_nobody_has_is_not_fetched(tmp_path, monkeypatch):
+    (tmp_path / "lock.txt").write_text(f"both==1.0 --hash=sha256:{digest(b'')}\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(wheels.NotFetched, match=r"lock\.txt: pip could not fetch all of it for Python 3\.13 on x86_64"):
+        wheels.fetch(tmp_path / "lock.txt", tmp_path / "wheels", python="3.13", machine="x86_64")
 
 
 @pytest.mark.parametrize("own", [[], ["skerry-1.2.3-py3-none-any.whl", "skerry-1.2.4-py3-none-any.whl"]])

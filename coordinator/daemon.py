@@ -65,6 +65,7 @@ from coordinator.rollout_loop import RolloutLoop
 from coordinator.session import FleetSession, Message
 from coordinator.signer.client import OwnSigner, Signer, SignerOnSocket
 from coordinator.signer.keyring import Keyring, KeyUnusable
+from coordinator.survey import Survey
 from coordinator.views import Views
 from coordinator.vouching import Vouching
 from coordinator.webhooks import Webhooks
@@ -229,7 +230,7 @@ def _application(config: Config, core: _Core) -> web.Application:
         (account_calls.CALLS, AccountCalls(database, core.changes, core.entry, access, public_url=config.public_url)),
         (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=replan)),
         (drain_calls.CALLS, DrainCalls(database, access, news, replan=replan)),
-        (model_calls.CALLS, ModelCalls(database, views, store, Gateways(config.fleet, _asking(config)), access)),
+        (model_calls.CALLS, ModelCalls(database, views, store, Survey(database, views, Gateways(config.fleet, _asking(config))), access)),
         (restart_calls.CALLS, RestartCalls(database, access, news, replan=replan)),
         (rollout_calls.CALLS, RolloutCalls(database, access, news, look=core.rollout_loop.wake, replan=replan)),
         (metrics_calls.CALLS, MetricsCalls(database, glance, access)),

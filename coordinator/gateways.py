@@ -7,6 +7,7 @@ coordinator itself does without. What comes back is bounded and never followed e
 
 import ssl
 from collections.abc import Callable
+from typing import Literal
 
 import aiohttp
 import msgspec
@@ -54,9 +55,11 @@ class Gateways:
         passed = {key: headers[key] for key in PASSED_ON if key in headers}
         return await self._ask("POST", node, url, f"{deployment}/infer", body=body, headers=passed)
 
-    async def decide(self, node: str, url: str, deployment: str, query: dict[str, str]) -> Asked:
-        """What the box would do with a request that came now. Raises NotAnswered."""
-        return await self._ask("GET", node, url, f"{deployment}/decision", query=query)
+    async def look(
+        self, node: str, url: str, deployment: str, what: Literal["decision", "decisions", "slowest"], query: dict[str, str]
+    ) -> Asked:
+        """What the box would do with a request that came now, would have done with others, or which took longest. Raises NotAnswered."""
+        return await self._ask("GET", node, url, f"{deployment}/{what}", query=query)
 
     async def _ask(
         self, method: str, node: str, url: str, path: str, *, body: bytes = b"", headers: dict[str, str] | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from aiohttp import web
 from sqlite_utils import Database as Tables
 
-from coordinator import accepting
+from coordinator import accepting, versions
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, Refused, json_answer, problem_of, refuse
 from coordinator.api.bodies import beginning
@@ -20,6 +20,7 @@ from coordinator.registry.database import Database
 from coordinator.views import Views
 from coordinator.vouching import Vouching
 from skerry.wire.api import Accepted, DeploymentView, PlanStep, PlanView, ProblemBody, RefusalView
+from skerry.wire.fleet import VersionView
 from skerry.wire.model_signature import NotVouched
 
 MOST_SHOWN = 500
@@ -37,6 +38,10 @@ CALLS = [
         query={"gently": "true: what is wrong with it comes as a problem with status 200, for who asks while it is typed"},
     ),
     Call("GET", "/v1/deployments/{name}", "show_deployment", "One deployment", DeploymentView),
+    Call(
+        "GET", "/v1/deployments/{name}/versions", "compare_versions", "How its present version serves, and the one before it",
+        list[VersionView],
+    ),
     Call("DELETE", "/v1/deployments/{name}", "delete_deployment", "Remove a deployment from every box", Accepted, 202, role="operator"),
 ]  # fmt: skip
 
@@ -61,6 +66,13 @@ class DeploymentCalls:
     async def list_deployments(self, _: web.Request) -> web.Response:
         """See CALLS."""
         return json_answer(await self._views.deployments())
+
+    async def compare_versions(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name = request.match_info["name"]
+        if found := await self._database.read(lambda tables: versions.read(tables, name)):
+            return json_answer(found)
+        raise unknown("deployment", name, "skerry deployment list")
 
     async def deploy(self, request: web.Request) -> web.Response:
         """See CALLS."""

@@ -1,4 +1,4 @@
-"""A model version, the network that is in its file, and trying it on a box."""
+"""A model version, the network that is in its file, and what boxes' gateways answer and tell of requests."""
 
 from aiohttp import web
 from sqlite_utils import Database as Tables
@@ -7,19 +7,20 @@ from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.bodies import beginning
 from coordinator.api.calls import Call, checked, model_version, number, unknown
-from coordinator.gateways import Gateways, NotAnswered
+from coordinator.gateways import NotAnswered
 from coordinator.model_store import ModelStore, NotTaken
 from coordinator.registry import deployments, glance
 from coordinator.registry.database import Database
+from coordinator.survey import MOST_TOLD_BYTES, Survey
 from coordinator.views import Views
 from skerry.wire import codec
 from skerry.wire.api import ModelView, NodeView
-from skerry.wire.decision import Decision
+from skerry.wire.decision import MOST_KEPT_MIN, Decision, WhatIf, changed
 from skerry.wire.model_graph import ModelGraph
+from skerry.wire.slowest import SlowestOfAll
 
 MOST_BODY_BYTES = 16 * 2**20
 MOST_LOOKED_AT = 12
-MOST_DECISION_BYTES = 2**20
 ASKED = {"deadline_ms": (1, 600_000), "size_bytes": (0, MOST_BODY_BYTES)}
 MOST_TRIED = 3
 """Boxes that are asked one after the other."""
@@ -39,17 +40,32 @@ CALLS = [
             "size_bytes": "0 to 16777216: the size of its inputs",
         },
     ),
+    Call(
+        "GET", "/v1/deployments/{name}/decisions", "replay_decisions",
+        "Ask boxes what they would have done with the requests of the last hour, had things been otherwise", WhatIf,
+        query={
+            "node": "that box; those with the most requests where none is named", "minutes": "1 to 60, default 60",
+            "deadline_ms": "1 to 600000: the deadline", "split": "edge, cloud or overflow",
+            "cloud_requests_per_hour": "what each box may send to the cloud in a clock hour",
+            "link_ms": "-60000 to 60000: what answers from other boxes take longer", "is_cut_off": "true: no other box is reached",
+        },
+    ),
+    Call(
+        "GET", "/v1/deployments/{name}/slowest", "list_slowest", "The requests that took longest, and where the time went", SlowestOfAll,
+        query={"node": "of that box; of those with the most requests where none is named", "minutes": "1 to 60, default 60"},
+    ),
 ]  # fmt: skip
 
 
 class ModelCalls:
     """The handlers of CALLS."""
 
-    def __init__(self, database: Database, views: Views, store: ModelStore, gateways: Gateways, access: Access) -> None:
+    def __init__(self, database: Database, views: Views, store: ModelStore, survey: Survey, access: Access) -> None:
         self._database = database
         self._views = views
         self._store = store
-        self._gateways = gateways
+        self._survey = survey
+        self._gateways = survey.gateways
         self._access = access
 
     def handler(self, call: Call) -> Handler:
@@ -103,17 +119,42 @@ class ModelCalls:
         }
         node = (await self._hosts(name, request.query.get("node", "")))[0]
         try:
-            asked = await self._gateways.decide(node.id, node.gateway_url, name, query)
+            asked = await self._gateways.look(node.id, node.gateway_url, name, "decision", query)
         except NotAnswered as exc:
             raise refuse(502, "not_answered", str(exc)) from exc
         if asked.status >= 300:
             raise _refusal(node.id, asked.status, asked.body, asked.headers)
         try:
-            answer = json_answer(codec.decode(asked.body, Decision, max_bytes=MOST_DECISION_BYTES))
+            answer = json_answer(codec.decode(asked.body, Decision, max_bytes=MOST_TOLD_BYTES))
         except codec.Malformed as exc:
             raise refuse(502, "not_answered", f"box {node.id} says what this version does not understand: {exc}") from exc
         answer.headers["Skerry-Asked"] = node.id
         return answer
+
+    async def replay_decisions(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name, query, minutes = (
+            request.match_info["name"],
+            dict(request.query),
+            number(request, "minutes", MOST_KEPT_MIN, most=MOST_KEPT_MIN),
+        )
+        try:
+            changed(query)
+        except codec.Malformed as exc:
+            field = str(exc).rpartition("`$.")[2].rstrip("`")
+            raise refuse(400, "invalid_query", str(exc), field=field) from exc
+        await self._known(name)
+        return json_answer(await self._survey.decisions(name, query, minutes=minutes, node=query.get("node", "")))
+
+    async def list_slowest(self, request: web.Request) -> web.Response:
+        """See CALLS."""
+        name, minutes = request.match_info["name"], number(request, "minutes", MOST_KEPT_MIN, most=MOST_KEPT_MIN)
+        await self._known(name)
+        return json_answer(await self._survey.slowest(name, minutes=minutes, node=request.query.get("node", "")))
+
+    async def _known(self, name: str) -> None:
+        if await self._database.read(lambda tables: deployments.read_deployment(tables, name)) is None:
+            raise unknown("deployment", name, "skerry deployment list")
 
     async def _hosts(self, name: str, wanted: str) -> list[NodeView]:
         """Boxes that have it ready and are heard, one that is named alone. Raises Refused."""

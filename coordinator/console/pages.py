@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 from sqlite_utils import Database as Tables
 
+from coordinator import versions
 from coordinator.api import releases, rollouts
 from coordinator.console.flow import picture
 from coordinator.console.language import N_, _
@@ -142,6 +143,7 @@ class Pages:
         nodes = {node.id: node for node in await self._views.some({one.node for one in view.placements})}
         reported = {(node.id, replica.name): replica.generation for node in nodes.values() for replica in node.replicas}
         summary = next((one for one in (await self._glance.fleet(minutes=HOUR_MIN)).deployments if one.name == name), None)
+        compared = [] if is_fragment(request) else await self._database.read(lambda tables: versions.read(tables, name))
         context = {
             "view": view,
             "placed": cut.placements,
@@ -151,6 +153,7 @@ class Pages:
             "boxes": summary.boxes if summary else len(nodes),
             "silent": [node.id for node in nodes.values() if node.is_silent],
             "reported": reported,
+            "versions": compared,
             "rollout": await self._database.read(lambda tables: rollouts.shown(tables, name)),
             "now_ms": time.time_ns() // 1_000_000,
             "events": await self._views.events(subject=name, limit=EVENTS_HERE),

@@ -183,6 +183,19 @@ def read_asked(tables: Tables, deployment: str = "", *, since_s: int) -> dict[st
     return {row["node"]: row["n"] for row in rows}
 
 
+def read_most_asked(tables: Tables, deployment: str, *, since_s: int, limit: int) -> tuple[list[str], int]:
+    """The boxes that had the most requests for a deployment from ``since_s`` on, and how many had any."""
+    rows = list(
+        tables.query(
+            "SELECT node, count(*) OVER () AS boxes FROM"
+            " (SELECT node, total(edge + peer + cloud + refused + failed) AS n FROM serve_rollups"
+            " WHERE deployment = ? AND at_s >= ? AND node != ? GROUP BY node HAVING n > 0) ORDER BY n DESC, node LIMIT ?",
+            [deployment, since_s, ALL, limit],
+        )
+    )
+    return [row["node"] for row in rows], rows[0]["boxes"] if rows else 0
+
+
 def read_loads(tables: Tables, node: str, *, since_s: int) -> list[BoxLoad]:
     """One box's buckets from ``since_s`` on, oldest first."""
     rows = tables.query("SELECT * FROM box_rollups WHERE node = ? AND at_s >= ? ORDER BY at_s", [node, since_s])

@@ -17,11 +17,13 @@ from edge_agent.gateway.books import Books
 from edge_agent.gateway.dispatch import Interrupted
 from edge_agent.gateway.facts import Facts, NotKnown
 from edge_agent.gateway.http_message import Head, Memory, Peer, Response
+from edge_agent.gateway.inquiry import Inquiry
 from edge_agent.gateway.regions import Regions, uid_of_loopback_peer
 from edge_agent.gateway.service import Answer, Arrival, Failed, Refused, Rejected, Served, Service, Unknown
 from edge_agent.gateway.upstream import FORWARDED, TIMEOUT
 from skerry.runtime import refusals
 from skerry.wire import codec, oip
+from skerry.wire.decision import MOST_KEPT_MIN, changed
 from skerry.wire.oip import Bytes
 
 JSON = ("Content-Type", "application/json")
@@ -96,12 +98,14 @@ class Api:
         body_limit_bytes: int,
         for_agent: bool,
         books: Books,
+        inquiry: Inquiry,
     ) -> None:
         self._service = service
         self._facts = facts
         self._regions = regions
         self._body_limit_bytes = body_limit_bytes
         self._books = books
+        self._inquiry = inquiry
         self._for_agent = for_agent
 
     # -- http.Application
@@ -219,7 +223,7 @@ class Api:
             raise NotAllowed(f"{head.method[:20]}: GET and POST are taken")
         match ["POST" if head.method == "POST" else "GET", *(part for part in head.path.split("/") if part)]:
             case ["GET", "v2", "models", *rest]:
-                return self._models(head, rest)
+                return await self._models(head, rest)
             case [_, "v2", "repository", *rest]:
                 return self._repository(head, rest, body)
             case [_, "v2", "systemsharedmemory", *rest]:
@@ -247,14 +251,14 @@ class Api:
                 return json_response([])
         raise _no_such_path(head)
 
-    def _models(self, head: Head, rest: list[str]) -> Response:
+    async def _models(self, head: Head, rest: list[str]) -> Response:
         match rest:
             case ["stats"]:
                 return json_response(self._facts.statistics())
             case [model, "versions", version, *verb]:
-                return self._model(head, model, version, verb)
+                return await self._model(head, model, version, verb)
             case [model, *verb]:
-                return self._model(head, model, None, verb)
+                return await self._model(head, model, None, verb)
         raise _no_such_path(head)
 
     def _repository(self, head: Head, rest: list[str], body: memoryview) -> Response:
@@ -265,7 +269,7 @@ class Api:
                 raise oip.BadRequest("models are placed by the coordinator: use 'skerry deploy' and 'skerry deployment delete'")
         raise _no_such_path(head)
 
-    def _model(self, head: Head, model: str, version: str | None, verb: list[str]) -> Response:
+    async def _model(self, head: Head, model: str, version: str | None, verb: list[str]) -> Response:
         served = self._service.find(model, version)
         match verb:
             case []:
@@ -278,21 +282,24 @@ class Api:
             case ["stats"]:
                 return json_response(self._facts.statistics(model, version))
             case ["decision"]:
-                return json_response(self._foreseen(head, served))
+                query = _query(head)
+                foreseen = self._inquiry.foreseen(
+                    served,
+                    deadline_ms=_number(query, "deadline_ms", served.route.deadline_ms),
+                    size_bytes=int(_number(query, "size_bytes", 0)),
+                    priority=int(_number(query, "priority", 0)),
+                )
+                return json_response(foreseen)
+            case ["decisions"]:
+                query = _query(head)
+                try:
+                    change = changed(query)
+                except codec.Malformed as exc:
+                    raise oip.BadRequest(str(exc)) from exc
+                return json_response(await self._inquiry.replayed(served, change, minutes=_number(query, "minutes", MOST_KEPT_MIN)))
+            case ["slowest"]:
+                return json_response(self._inquiry.slowest(served, minutes=_number(_query(head), "minutes", MOST_KEPT_MIN)))
         raise _no_such_path(head)
-
-    def _foreseen(self, head: Head, served: Served) -> dict[str, Any]:
-        query = {name: values[-1] for name, values in parse_qs(head.query[:2000]).items()}
-        foreseen = self._service.foreseen(
-            served,
-            deadline_ms=_number(query, "deadline_ms", served.route.deadline_ms),
-            size_bytes=int(_number(query, "size_bytes", 0)),
-            priority=int(_number(query, "priority", 0)),
-        )
-        tiers = {upstream.node: upstream.tier for upstream in served.route.upstreams}
-        for considered in foreseen["numbers"]["upstreams"]:
-            considered["tier"] = tiers.get(considered["node"], "")
-        return foreseen
 
     async def _shared_memory(self, head: Head, rest: list[str], body: memoryview) -> Response:
         regions = self._regions
@@ -352,6 +359,10 @@ def _decoded(body: memoryview, kind: type[Any]) -> Any:
 
 def _ready_only(body: memoryview) -> bool:
     return bool(_decoded(body, _Index).ready) if len(body) else False
+
+
+def _query(head: Head) -> dict[str, str]:
+    return {name: values[-1] for name, values in parse_qs(head.query[:2000]).items()}
 
 
 def _number(query: dict[str, str], name: str, default: float) -> float:

@@ -9,6 +9,7 @@ from edge_agent.gateway.budget import Budgets
 from edge_agent.gateway.config import Config
 from edge_agent.gateway.facts import Facts
 from edge_agent.gateway.fleet import Door, FleetIdentity, prepare
+from edge_agent.gateway.inquiry import Inquiry
 from edge_agent.gateway.ledger import Ledger
 from edge_agent.gateway.listen import Fleetward, Front, Remote, Sockets
 from edge_agent.gateway.processes import Place
@@ -75,6 +76,7 @@ async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: So
         follower.use = use
         extensions = [*oip.EXTENSIONS, *([oip.SHARED_MEMORY_EXTENSION] if config.shared_memory else [])]
         facts = Facts(service, node=config.node, tier=config.tier, extensions=extensions, accounts=books.accounts)
+        inquiry = Inquiry(service, samples, node=config.node, tier=config.tier)
         regions = Regions(most_bytes=config.body_limit_bytes) if config.shared_memory else None
 
         def served(*, for_agent: bool = False, for_peers: bool = False) -> http.Server:
@@ -85,6 +87,7 @@ async def main(config: Config, stop: asyncio.Event, *, place: Place, sockets: So
                 body_limit_bytes=config.body_limit_bytes,
                 for_agent=for_agent,
                 books=books,
+                inquiry=inquiry,
             )
             return http.Server(
                 Door(api, fleet, config.tier) if for_peers else api,

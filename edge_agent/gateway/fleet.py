@@ -93,6 +93,10 @@ def _contexts(config: Peers, judge: tls.Judge) -> tuple[ssl.SSLContext, ssl.SSLC
     return server, tls.client(str(config.ca_file), str(config.certificate_file), str(config.key_file), judge=judge)
 
 
+TOLD = ("/decision", "/decisions", "/slowest")
+"""What an operator may ask through the coordinator: none of it does anything."""
+
+
 class Door:
     """What other gateways are answered (``http.Application``): inference that they pass on, if they may, and nothing else.
 
@@ -136,8 +140,8 @@ class Door:
             return reason
         if caller.role == "coordinator" and FORWARDED.lower() in head.headers:
             return f"the coordinator asks for itself, and {FORWARDED} says otherwise"
-        asks = ("POST", "/infer") if head.method == "POST" or caller.role != "coordinator" else ("GET", "/decision")
-        if head.method != asks[0] or not head.path.endswith(asks[1]):
+        is_told = caller.role == "coordinator" and head.method == "GET" and head.path.endswith(TOLD)
+        if not is_told and (head.method != "POST" or not head.path.endswith("/infer")):
             return "requests for inference are answered here, and nothing else"
         if caller.role == "gateway" and head.headers.get(FORWARDED.lower()) != caller.name:
             return f"the certificate is {caller.name}'s, and {FORWARDED} says otherwise"

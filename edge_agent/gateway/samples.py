@@ -3,6 +3,8 @@
 import time
 from collections import deque
 
+from edge_agent.gateway.cases import Cases
+from edge_agent.gateway.slowest import SlowestKept
 from skerry.wire.box import Routed
 
 EVERY_S = 30.0
@@ -11,12 +13,20 @@ MOST = 64
 
 
 class Samples:
-    """The latest samples, for the agent and for ``skerry explain``."""
+    """The latest samples, for the agent and for ``skerry explain``. ``cases`` is what decisions were made from, to make them anew;
+    ``slowest`` are the requests that took longest."""
 
     def __init__(self, *, first_seq: int = 1) -> None:
+        self.cases = Cases()
+        self.slowest = SlowestKept()
         self._next_seq = first_seq
         self._latest: deque[Routed] = deque(maxlen=MOST)
         self._taken_at: dict[tuple[str, str], float] = {}
+
+    def keep(self, deployments: set[str]) -> None:
+        """Forget of the others what is not told by itself."""
+        self.cases.keep(deployments)
+        self.slowest.keep(deployments)
 
     def wants(self, deployment: str, kind: str, *, now_s: float) -> bool:
         """Whether a decision of that kind should be put by now."""

@@ -15,9 +15,10 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.core import routing
+from edge_agent.core import replay, routing
 from edge_agent.core.queueing import Place
-from edge_agent.core.routing import Decision, Forward, Here, LocalView, Refuse
+from edge_agent.core.replay import Case
+from edge_agent.core.routing import Decision, Forward, Here, LocalView, Refuse, UpstreamView
 from edge_agent.gateway.arena import Region
 from edge_agent.gateway.budget import NO_LIMIT, Budgets
 from edge_agent.gateway.calls import Job, Outcome
@@ -29,7 +30,9 @@ from edge_agent.gateway.shadow import ShadowPool
 from edge_agent.gateway.upstream import Reply, UpstreamFailed, UpstreamRefused, Upstreams
 from skerry.wire import oip
 from skerry.wire.box import Route, RouteTable
+from skerry.wire.decision import Who
 from skerry.wire.messages import Tier
+from skerry.wire.slowest import SlowRequest
 
 ANSWER_MARGIN_MS = 2.0
 """Kept back from the deadline for the way back to the caller."""
@@ -63,13 +66,15 @@ class Failed(Exception):
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """A request as it came. ``started`` is on time.perf_counter, in seconds; ``memory`` is where its tensors lie, if it was reserved."""
+    """A request as it came. ``started`` is on time.perf_counter, in seconds; ``memory`` is where its tensors lie, if it was reserved.
+    One that ``is_supposed`` did not come: somebody asks what would become of it."""
 
     request: oip.InferRequest
     started: float
     deadline_ms: float
     forwarded: bool = False
     memory: object = None
+    is_supposed: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -178,6 +183,7 @@ class Service:
             held.pool.on_run, held.pool.on_shed = account.ran, account.made_way
             held.pool.update(route)
             held.shadow.update(route)
+        self._samples.keep(set(wanted))
         self._budgets.update({name: route.cloud_budget for name, route in wanted.items()})
         self._upstreams.keep({(upstream.node, name) for name, route in wanted.items() for upstream in route.upstreams})
 
@@ -227,8 +233,9 @@ class Service:
         try:
             request = _Request(arrival, served)
             answer = await (self._in_sequence(request) if arrival.request.sequence is not None else self._answered(request))
-        except Refused:
+        except Refused as exc:
             account.refused(_ms_since(arrival.started))
+            self._note_if_slow(arrival, served, "refused", "", str(exc))
             raise
         except (Failed, Rejected, Interrupted) as exc:
             account.failed("BACKEND" if isinstance(exc, Failed) else "OTHER", _ms_since(arrival.started))
@@ -236,9 +243,16 @@ class Service:
         except asyncio.CancelledError:
             account.cancelled(_ms_since(arrival.started))
             raise
+        self._note_if_slow(arrival, served, answer.served_by, answer.node, answer.reason, answer.timing)
         if served.shadow.wants(arrival.request, is_own=answer.node == self._node):
             served.shadow.ask(arrival.request, answer.outputs, account)
         return answer
+
+    def _note_if_slow(self, arrival: Arrival, served: Served, who: Who, node: str, reason: str, timing: str = "") -> None:
+        """Put it by if it is among the slowest that callers of this box waited for."""
+        took_ms, at_ms, deployment = _ms_since(arrival.started), time.time_ns() // 1_000_000, served.route.deployment
+        if not arrival.forwarded and self._samples.slowest.wants(deployment, took_ms, at_ms=at_ms):
+            self._samples.slowest.take(deployment, SlowRequest(at_ms, took_ms, arrival.deadline_ms, who, node, reason, timing))
 
     async def _answered(self, request: _Request) -> Answer:
         """The first answer of as many tries as it takes."""
@@ -272,9 +286,24 @@ class Service:
             self._samples.take(deployment, "refused", f"{request.failure}{routing.in_words(decision)}", now_s=now)
 
     def _decide(self, request: _Request, tries: list[_Try]) -> Decision:
+        served, arrival = request.served, request.arrival
+        jobs = [one.job for one in tries if one.job is not None]
+        case = self._case(request, served.pool.view(request.place, jobs))
+        decision = replay.decided(case, forwarded=arrival.forwarded)
+        if isinstance(decision, Refuse) and not case.local.slots and not tries and served.pool.slots:
+            # All are overdue, and there is nobody else: what was held up for a moment, by a neighbour or the kernel, is worth waiting for.
+            local = served.pool.view(request.place, jobs, overdue_by_ms=LAST_RESORT_MS)
+            case = msgspec.structs.replace(case, local=local, remaining_ms=request.remaining_ms)
+            decision = replay.decided(case, forwarded=arrival.forwarded)
+        if not tries and not request.failure and not arrival.forwarded and not arrival.is_supposed:
+            self._samples.cases.note(served.route.deployment, case)
+        return decision
+
+    def _case(self, request: _Request, local: LocalView) -> Case:
+        """What a decision is made from now."""
         served, now = request.served, time.perf_counter()
         route = served.route
-        views = []
+        views: list[UpstreamView] = []
         if route.upstreams and request.may_leave and not request.arrival.forwarded:
             has_budget = self._budgets.has(route.deployment, request.size_bytes)
             views = self._upstreams.views(route.upstreams, route.deployment, has_budget=has_budget, now_s=now)
@@ -282,26 +311,17 @@ class Service:
                 views = [view for view in views if view.node not in request.tried_nodes]
             if not request.arrival.request.idempotent and (served.pool.slots or not all(view.is_trial for view in views)):
                 views = [view for view in views if not view.is_trial]  # it has but one way, and somebody else may be better
-        jobs = [one.job for one in tries if one.job is not None]
-
-        def decided(local: LocalView) -> Decision:
-            return routing.decide(
-                split=route.split,
-                remaining_ms=request.remaining_ms,
-                local=local,
-                upstreams=views,
-                size_bytes=request.size_bytes,
-                forwarded=request.arrival.forwarded,
-                may_leave=request.may_leave,
-                now_s=now,
-            )
-
-        local = served.pool.view(request.place, jobs)
-        decision = decided(local)
-        if isinstance(decision, Refuse) and not local.slots and not tries and served.pool.slots:
-            # All are overdue, and there is nobody else: what was held up for a moment, by a neighbour or the kernel, is worth waiting for.
-            decision = decided(served.pool.view(request.place, jobs, overdue_by_ms=LAST_RESORT_MS))
-        return decision
+        return Case(
+            at_ms=time.time_ns() // 1_000_000,
+            deadline_ms=request.arrival.deadline_ms,
+            split=route.split,
+            remaining_ms=request.remaining_ms,
+            local=local,
+            upstreams=tuple(views),
+            size_bytes=request.size_bytes,
+            may_leave=request.may_leave,
+            now_s=now,
+        )
 
     async def _comes_back(self, request: _Request) -> bool:
         """Whether a replica of this box is up again in time: one that was killed is restarted within a second."""
@@ -394,10 +414,6 @@ class Service:
         )
         return answer
 
-    @staticmethod
-    def _clouds(route: Route) -> set[str]:
-        return {upstream.node for upstream in route.upstreams if upstream.tier == "cloud"}
-
     async def _forward(self, request: _Request, decision: Forward) -> Reply:
         """Pass it on, within the budget where it goes to the cloud. Raises UpstreamFailed and UpstreamRefused."""
         route, node = request.served.route, decision.node
@@ -472,24 +488,12 @@ class Service:
 
     # -- what people ask
 
-    def foreseen(self, served: Served, *, deadline_ms: float, size_bytes: int, priority: int) -> dict[str, Any]:
-        """What would become of such a request now, and what became of others lately."""
-        now = time.perf_counter()
+    def foreseen(self, served: Served, *, deadline_ms: float, size_bytes: int, priority: int) -> Decision:
+        """What would become of such a request now."""
         empty = oip.InferRequest("", [], [], priority=priority)
-        request = _Request(Arrival(empty, now, deadline_ms), served)
+        request = _Request(Arrival(empty, time.perf_counter(), deadline_ms, is_supposed=True), served)
         request.size_bytes = size_bytes
-        decision = self._decide(request, [])
-        route = served.route
-        facts: dict[str, Any] = {"deployment": route.deployment, "model": route.model, "version": str(route.version)}
-        match decision:
-            case Here():
-                facts |= {"decision": "here", "served_by": "cloud" if self._tier == "cloud" else "edge", "node": self._node}
-            case Forward(node=node):
-                facts |= {"decision": "forward", "served_by": "cloud" if node in self._clouds(route) else "peer", "node": node}
-            case Refuse():
-                facts |= {"decision": "refuse", "served_by": "", "node": ""}
-        recent = [{"at_ms": one.at_ms, "text": one.text} for one in self._samples.of(route.deployment)]
-        return facts | {"reason": decision.reason, "numbers": _finite(msgspec.to_builtins(decision.numbers)), "recent": recent}
+        return self._decide(request, [])
 
     def explained(self) -> list[dict[str, Any]]:
         """What this gateway believes of each route."""
@@ -507,15 +511,6 @@ def _told(decision: Here | Forward) -> dict[str, float | str]:
     if numbers.upstreams:
         told["considered"] = routing.in_words(decision)
     return told
-
-
-def _finite(value: Any) -> Any:
-    """For JSON, which has no infinity."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ms_since(started: float) -> float:

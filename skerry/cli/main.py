@@ -10,7 +10,22 @@ import typer
 from rich.markup import escape
 
 from skerry import __version__
-from skerry.cli import command, draining, explain, images, inference, joining, logs, models, output, people, recovery, releases, rollouts
+from skerry.cli import (
+    command,
+    draining,
+    explain,
+    hindsight,
+    images,
+    inference,
+    joining,
+    logs,
+    models,
+    output,
+    people,
+    recovery,
+    releases,
+    rollouts,
+)
 from skerry.cli.client import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_USAGE, CliError, Coordinator, Login, path_of, save_login
 from skerry.cli.command import Json, reporting
 from skerry.wire import codec, oip
@@ -41,6 +56,8 @@ app.add_typer(people.audit_app, name="audit")
 app.command("whoami")(people.whoami)
 app.command("logs")(logs.show)
 app.command("explain")(explain.show)
+app.command("what-if")(hindsight.what_if)
+app.command("slowest")(hindsight.slowest)
 app.command("recover")(recovery.recover)
 
 

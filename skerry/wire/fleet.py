@@ -41,6 +41,27 @@ class DeploymentSummary(msgspec.Struct, frozen=True):
         return self.in_time / self.asked if self.asked else None
 
 
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+
+
+class VersionView(msgspec.Struct, frozen=True):
+    """How one version of a deployment serves, or served, from ``since_s`` to ``until_s`` (Unix time); ``boxes`` is null where all did.
+
+    ``latency_ms`` is by QUANTILES, in milliseconds, off by 4.5 % at most; 0 where nothing was answered.
+    """
+
+    model: str
+    generation: int
+    since_s: int
+    until_s: int
+    boxes: int | None
+    asked: int
+    refused: int
+    failed: int
+    late: int
+    latency_ms: dict[str, float]
+
+
 class FleetView(msgspec.Struct, frozen=True):
     """All of it: how many boxes are in which state, how many need a look, and every deployment in short. ``needy`` are those boxes, the
     worst first, fifty at the most."""

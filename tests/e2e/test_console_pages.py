@@ -14,10 +14,13 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from skerry.cli.client import CliError
 from skerry.wire.api import LoadView, NodeView
+from skerry.wire.decision import WhatIf
 from skerry.wire.fleet import Difference, FleetView, FlowView, MapView
 from skerry.wire.identity import ClaimView
 from skerry.wire.model_graph import ModelGraph
+from skerry.wire.slowest import SlowestOfAll
 from tests.e2e.visitor import LIVE_MS
 from tests.e2e.world import World, running, wait_until
 
@@ -222,11 +225,59 @@ def test_the_split_is_shown_as_a_picture_and_a_box_is_asked_what_it_would_do(vis
     form.get_by_label("Box").fill("cloud-1")
     form.get_by_role("button", name="Ask").click()
     expect(page.locator("#whatif-answer")).to_contain_text("not ready on box 'cloud-1'")
+    again = page.locator("#replay")
+    again.get_by_label("Deadline, ms").fill("1")
+    again.get_by_role("button", name="Decide anew").click()
+    answer = page.locator("#replay-answer")
+    expect(answer).to_contain_text(re.compile(r"([12]) of \1 boxes that had requests told: "), timeout=LIVE_MS)
+    expect(answer.locator("table").first).to_contain_text(re.compile(r"refused\s*0\s*\d+ \(\+\d+\)"))
+    expect(answer).to_contain_text("here it would take")
+    shot(page, f"replay-{width}")
+    again.get_by_label("Deadline, ms").fill("")
+    again.get_by_label("no other box reached").check()
+    again.get_by_role("button", name="Decide anew").click()
+    expect(answer).to_contain_text("No request would have gone elsewhere.", timeout=LIVE_MS)
     page.goto(world.fleet.url + "/split?deployment=pixels&by=region&minutes=15")
     expect(page.locator("svg.flow")).to_contain_text("north")
     across, seen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert across <= seen
     shot(page, f"split-{width}")
+    assert visitor.foreign() == []
+
+
+def test_what_took_longest_and_how_versions_serve_is_told_of_a_deployment(visitor, world, width):
+    image = {"name": "image", "shape": [1, 3, 8, 16], "datatype": "FP32", "data": [0.5] * 384}
+    for node in ("store-1", "store-2"):
+        world.api.call("POST", "/v1/deployments/pixels/infer", dict, body=json.dumps({"inputs": [image]}).encode(), query={"node": node})
+
+    def told() -> SlowestOfAll:
+        return world.api.call("GET", "/v1/deployments/pixels/slowest", SlowestOfAll)
+
+    wait_until(lambda: {"store-1", "store-2"} <= set(told().asked), 20, told)
+    found = told()
+    assert [one.took_ms for one in found.requests] == sorted((one.took_ms for one in found.requests), reverse=True)
+    assert all("compute;dur=" in one.timing for one in found.requests if one.who == "edge")
+    assert {one.asked for one in found.requests} >= {"store-1", "store-2"}
+    only = world.api.call("GET", "/v1/deployments/pixels/slowest", SlowestOfAll, query={"node": "store-2", "minutes": "60"})
+    assert {one.asked for one in only.requests} == {"store-2"}
+    nowhere = world.api.call("GET", "/v1/deployments/pixels/decisions", WhatIf, query={"node": "store-77"})
+    assert (nowhere.silent, nowhere.asked) == (["store-77: there is no such box"], [])
+    with pytest.raises(CliError, match="split"):
+        world.api.call("GET", "/v1/deployments/pixels/decisions", WhatIf, query={"split": "sideways"})
+    said = world.cli("what-if", "pixels", "--deadline", "1ms", "--minutes", "60")
+    assert (said.returncode, b"as it would have been" in said.stdout) == (0, True), said.stderr
+    said = world.cli("slowest", "pixels")
+    assert (said.returncode, b"compute;dur=" in said.stdout.replace(b"\n", b"")) == (0, True), said.stderr
+    page = visitor.log_in()
+    page.goto(world.fleet.url + "/deployments/pixels")
+    slowest = page.locator("#slowest")
+    expect(slowest.locator("tbody tr").first).to_contain_text("compute", timeout=LIVE_MS)
+    expect(slowest).to_contain_text("boxes that had requests told.")
+    versions = page.locator("section", has=page.locator("#versions-title"))
+    expect(versions).to_contain_text("pixels:1")
+    across, seen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert across <= seen
+    shot(page, f"deployment-{width}")
     assert visitor.foreign() == []
 
 

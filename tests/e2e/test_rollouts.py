@@ -12,6 +12,7 @@ import onnx.helper as oh
 import pytest
 
 from skerry.wire.api import RolloutView
+from skerry.wire.fleet import VersionView
 from tests.conftest import scaling
 from tests.e2e.world import World, running, wait_until
 
@@ -144,6 +145,9 @@ def test_a_good_change_goes_to_one_box_first_and_then_everywhere_and_costs_no_re
         assert set(answers[: turned[name]]) == {2.0}
         assert set(answers[turned[name] + 5 :]) == {3.0}, "an answer of the old version that was on its way at most"
     assert max(turned.values()) - min(turned.values()) > 3 * 20 * 0.7, "the second box came three seconds after the first"
+    after, before = good.api.call("GET", "/v1/deployments/scale/versions", list[VersionView])
+    assert (after.model, before.model, after.boxes) == ("scale:2", "scale:1", None)
+    assert before.asked > 0
     told = kinds(good)
     assert told[-6:] == ["rollout.began", "rollout.wave", "rollout.ready", "rollout.wave", "rollout.ready", "rollout.done"]
 
@@ -162,6 +166,11 @@ def test_a_bad_change_is_stopped_at_the_first_box_taken_back_and_remembered(good
     view = rollout(good)
     assert (view.phase, view.admitted) == ("failed", 1)
     (canary,) = view.wave_units
+    new, old = good.api.call("GET", "/v1/deployments/scale/versions", list[VersionView])
+    assert (new.model, old.model, new.boxes) == (model, "scale:1", 1)
+    assert (new.asked > 0, old.asked > 0) == (True, True)
+    if model == "scale:4":
+        assert new.latency_ms["0.99"] > 2 * old.latency_ms["0.99"], (new, old)
     now = versions(good)
     assert {name: now[name] for name in now if name != canary} == {name: before[name] for name in before if name != canary}
     assert good.deployment("scale").model == "scale:1"

@@ -397,6 +397,57 @@ def test_a_spent_budget_keeps_requests_here_and_the_box_says_so(tmp_path):
     run(scene())
 
 
+def test_a_box_tells_what_would_have_become_of_requests_and_which_took_longest(tmp_path):
+    async def scene():
+        async with fleet(tmp_path) as (here, cloud, session):
+            await here.serve(cloud, split="cloud")
+            await cloud.serve()
+            cloud.worker.delay_s = 0.005
+            x = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}], "parameters": {"timeout": 900_000}}
+
+            async def ask() -> str:
+                async with session.post(f"{here.url}/v2/models/echo/infer", json=x) as response:
+                    return response.headers["Skerry-Served-By"]
+
+            async def told(box, what: str):
+                async with session.get(f"{box.url}/v2/models/echo/{what}") as response:
+                    return response.status, await response.json()
+
+            by = [await ask() for _ in range(12)]
+            assert "cloud" in by
+            status, found = await told(here, "decisions")
+            assert status == 200
+            decided = found["before"]
+            assert (sum(decided.values()), decided["refused"]) == (12, 0)
+            assert decided["cloud"] > 0
+            assert (found["after"], found["moved"]) == (decided, [])
+            assert 1 <= found["cases"] <= 2, "one of ten seconds stands for all"
+            for change in ("is_cut_off=true", "split=edge", "cloud_requests_per_hour=0", "link_ms=5000"):
+                _, found = await told(here, f"decisions?minutes=5&{change}")
+                assert found["before"] == decided
+                assert found["after"] == {"edge": 12, "peer": 0, "cloud": 0, "refused": 0}, change
+                assert sum(move["count"] for move in found["moved"]) == decided["cloud"]
+                assert {(move["before"], move["after"]) for move in found["moved"]} == {("cloud", "edge")}
+            _, found = await told(here, "decisions?deadline_ms=1")
+            assert found["after"] == {"edge": 0, "peer": 0, "cloud": 0, "refused": 12}
+            assert (await told(here, "decisions?minutes=0"))[1]["before"]["cloud"] == 0
+            _, of_the_cloud = await told(cloud, "decisions")
+            assert sum(of_the_cloud["before"].values()) == 0, "what was passed on was decided elsewhere"
+            for wrong, field in (("deadline_ms=never", "deadline_ms"), ("split=up", "split"), ("cloud_requests_per_hour=-1", "per_hour")):
+                status, refusal = await told(here, f"decisions?{wrong}")
+                assert (status, field in refusal["error"]) == (400, True), refusal
+            status, found = await told(here, "slowest")
+            took = [one["took_ms"] for one in found["requests"]]
+            assert (status, len(took), took) == (200, 10, sorted(took, reverse=True))
+            slow = next(one for one in found["requests"] if one["who"] == "cloud")
+            assert (slow["node"], slow["deadline_ms"]) == ("cloud-1", 900)
+            parts = dict(part.split(";dur=") for part in slow["timing"].split(", "))
+            assert 0 < float(parts["forward"]) <= slow["took_ms"], parts
+            assert {"queue", "compute", "remote"} <= set(parts)
+
+    run(scene())
+
+
 def test_the_least_urgent_make_way_when_the_queue_is_full(tmp_path):
     async def scene():
         async with fleet(tmp_path, queue_limit=3) as (here, _, session):

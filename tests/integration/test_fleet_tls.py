@@ -257,8 +257,13 @@ def test_the_coordinator_asks_a_box_for_who_tries_a_model_and_takes_no_other_for
             ):
                 with pytest.raises(NotAnswered, match=why):
                     await gateways.infer(node, where, "echo", BODY, {})
-            foreseen = await gateways.decide("store-1", url, "echo", {"deadline_ms": "900"})
+            foreseen = await gateways.look("store-1", url, "echo", "decision", {"deadline_ms": "900"})
             assert (foreseen.status, json.loads(foreseen.body)["decision"]) == (200, "here")
+            told = await gateways.look("store-1", url, "echo", "decisions", {"is_cut_off": "true"})
+            assert (told.status, json.loads(told.body)["before"]["edge"] > 0) == (200, True)
+            told = await gateways.look("store-1", url, "echo", "slowest", {})
+            assert (told.status, json.loads(told.body)["requests"][0]["who"]) == (200, "edge")
+            assert (await gateways.look("store-1", url, "echo", "stats", {})).status == 403
             one.serve(two.as_upstream(), here=False)
             await one.until(lambda: one.ask()[1].get("skerry-served-by") == "peer")
             asked = await gateways.infer("store-1", url, "echo", BODY, {})

@@ -15,6 +15,7 @@ from edge_agent.gateway.app import Api
 from edge_agent.gateway.books import Books
 from edge_agent.gateway.budget import Budgets
 from edge_agent.gateway.facts import Facts
+from edge_agent.gateway.inquiry import Inquiry
 from edge_agent.gateway.ledger import Ledger
 from edge_agent.gateway.processes import split
 from edge_agent.gateway.samples import Samples
@@ -100,7 +101,8 @@ class Box:
         )  # fmt: skip
         books = Books(place, ledger, samples)
         facts = Facts(self.service, node=self.node, tier=self._tier, accounts=books.accounts)
-        api = Api(self.service, facts, regions=None, body_limit_bytes=2**20, for_agent=True, books=books)
+        inquiry = Inquiry(self.service, samples, node=self.node, tier=self._tier)
+        api = Api(self.service, facts, regions=None, body_limit_bytes=2**20, for_agent=True, books=books, inquiry=inquiry)
         self.server = http.Server(api, body_limit_bytes=2**20, memory_limit_bytes=2**30, connection_limit=100)
         listener = await asyncio.get_running_loop().create_server(self.server.connection, "127.0.0.1", 0)
         self._stack.callback(listener.close)

@@ -1,5 +1,6 @@
 // One request to a deployment, made of an image, a sound or numbers: see /v1/deployments/{name}/infer, which is the Open Inference Protocol's.
 
+import { make, timing } from "./made.js";
 import { t } from "./words.js";
 
 const IMAGE_CHANNELS = [1, 3, 4];
@@ -18,11 +19,6 @@ const status = document.getElementById("try-status");
 const place = document.getElementById("try-answer");
 let labels = [];
 
-const make = (name, properties = {}, ...children) => {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
-};
 const labelled = (text, control) => make("label", {}, `${text} `, control);
 const choice = (options, chosen) => {
   const select = make("select");
@@ -193,18 +189,6 @@ function shown(output) {
   const few = data.slice(0, MOST_SHOWN).map((value) => (typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(4) : String(value)));
   parts.push(make("pre", { className: "file", textContent: few.join(", ") + (data.length > few.length ? t(", … %(n)s values", { n: data.length.toLocaleString() }) : "") }));
   return parts;
-}
-
-function timing(header) {
-  const list = make("ul", { className: "timing" });
-  const parts = [...header.matchAll(/([\w-]+)(?:;desc="([^"]*)")?;dur=([\d.]+)/g)].map(([, name, , ms]) => [name, Number(ms)]);
-  const most = Math.max(0.001, ...parts.map(([, ms]) => ms));
-  for (const [name, ms] of parts) {
-    const meter = make("meter", { min: 0, max: most, value: ms });
-    meter.setAttribute("aria-label", `${name} ${ms} ms`);
-    list.append(make("li", {}, make("span", { textContent: name }), meter, make("b", { textContent: `${ms.toFixed(2)} ms` })));
-  }
-  return list;
 }
 
 async function ask(inputs) {

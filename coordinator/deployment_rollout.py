@@ -8,7 +8,7 @@ from sqlite_utils import Database as Tables
 
 from coordinator.core import fit, planner, rollout
 from coordinator.core.liveness import Ear
-from coordinator.core.rollout import Baseline, Counts, Rules, State, Unit
+from coordinator.core.rollout import Baseline, Counts, Rules, Standing, State, Unit
 from coordinator.plan_loop import node_of
 from coordinator.registry import deployments, identity, measurements, nodes, rollouts
 from coordinator.registry.rollouts import Failed, Rollout, Version
@@ -31,10 +31,12 @@ def turn(tables: Tables, *, now_ms: int) -> list[Rollout]:
     world = World(tables)
     changed = []
     for held in active:
-        after = _looked_at(tables, held, world, now_ms)
+        after, stands = _looked_at(tables, held, world, now_ms)
         if after == held.state:
+            if stands != held.standing:
+                rollouts.save_rollout(tables, msgspec.structs.replace(held, standing=stands))
             continue
-        now = msgspec.structs.replace(held, state=after, changed_at_ms=now_ms)
+        now = msgspec.structs.replace(held, state=after, changed_at_ms=now_ms, standing=stands)
         rollouts.save_rollout(tables, now)
         _tell(tables, held, now, now_ms)
         if after.phase == "failed":
@@ -156,16 +158,19 @@ def _failure(spec: ReplicaSpec | None, report: ReplicaReport | None) -> str:
     return f"{report.state}: {report.reason}" if report.phase in ("failed", "backoff") else ""
 
 
-def _looked_at(tables: Tables, held: Rollout, world: World, now_ms: int) -> State:
+def _looked_at(tables: Tables, held: Rollout, world: World, now_ms: int) -> tuple[State, Standing]:
+    """What follows, and how far it is then."""
     rules, seed = held.after.spec.rollout or DEFAULT, f"{held.deployment} {held.after.generation}"
     since_s = now_ms // 1000 - BASELINE_S
     units = units_of(held, world, measurements.read_asked(tables, held.deployment, since_s=since_s))
     if not held.state.waves:
         can_compare = _model_of(held.before) != _model_of(held.after)
         baseline = _baseline(tables, held.deployment, since_s)
-        return rollout.begin(rules, units, baseline, seed=seed, now_ms=now_ms, can_compare=can_compare)
-    counts = _counts(tables, held, world, rules) if held.state.ready_since_ms else Counts()
-    return rollout.step(held.state, rules, units, counts, seed=seed, now_ms=now_ms)
+        after = rollout.begin(rules, units, baseline, seed=seed, now_ms=now_ms, can_compare=can_compare)
+    else:
+        counts = _counts(tables, held, world, rules) if held.state.ready_since_ms else Counts()
+        after = rollout.step(held.state, rules, units, counts, seed=seed, now_ms=now_ms)
+    return after, rollout.standing(after, units)
 
 
 def _model_of(version: Version) -> tuple[str, int]:

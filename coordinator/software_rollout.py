@@ -71,9 +71,12 @@ def turn(tables: Tables, *, now_ms: int) -> Spread | None:
     else:
         counts = _counts(tables, held) if held.state.ready_since_ms else Counts()
         state = rollout.step(held.state, held.rules, units, counts, seed=held.version, now_ms=now_ms)
+    stands = rollout.standing(state, units)
     if state == held.state:
+        if stands != held.standing:
+            releases.save_spread(tables, msgspec.structs.replace(held, standing=stands))
         return None
-    now = msgspec.structs.replace(held, state=state, changed_at_ms=now_ms)
+    now = msgspec.structs.replace(held, state=state, changed_at_ms=now_ms, standing=stands)
     if new := state.admitted - held.state.admitted:
         now = _let_in(tables, now, new, fleet, since_s)
     releases.save_spread(tables, now)

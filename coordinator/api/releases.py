@@ -3,7 +3,6 @@
 import asyncio
 import tarfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from coordinator.model_store import ModelStore, NotTaken
 from coordinator.news import News
 from coordinator.registry import audit, events, finding, releases
 from coordinator.registry.database import Database
-from coordinator.software_rollout import Fleet, title
+from coordinator.software_rollout import title
 from skerry.release import unpack
 from skerry.wire import codec, model_signature
 from skerry.wire.accounts import Role
@@ -292,26 +291,21 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def view(tables: Tables) -> SoftwareView:
     """As people and scripts see it."""
-    spread = releases.read_spread(tables)
-    if spread is None:  # nothing was ever rolled out: then no box is read for it
-        return SoftwareView("", dict(sorted(finding.count_by_version(tables).items())), None, [])
-    fleet = Fleet(tables)
-    versions = Counter(birth.version for birth in fleet.births.values())
-    troubles = [
-        TroubleView(node, said.version, said.phase, said.reason) for node, said in sorted(fleet.said.items()) if said.phase == "failed"
-    ]
-    wanted = spread.earlier if spread.is_taken_back else spread.version
-    return SoftwareView(wanted, dict(sorted(versions.items())), _rollout(spread, fleet), troubles[:MOST_SHOWN])
+    spread, versions = releases.read_spread(tables), dict(sorted(finding.count_by_version(tables).items()))
+    if spread is None:
+        return SoftwareView("", versions, None, [])
+    troubles = [TroubleView(node, said.version, said.phase, said.reason) for node, said in finding.read_troubled(tables, most=MOST_SHOWN)]
+    return SoftwareView(spread.earlier if spread.is_taken_back else spread.version, versions, _rollout(spread), troubles)
 
 
 def spreading(tables: Tables) -> list[RolloutView]:
     """All that spreads, or did last: deployments' changes and the box software."""
     spread = releases.read_spread(tables)
-    return [*rollouts.views(tables), *([_rollout(spread, Fleet(tables))] if spread else [])]
+    return [*rollouts.views(tables), *([_rollout(spread)] if spread else [])]
 
 
-def _rollout(spread: Spread, fleet: Fleet) -> RolloutView:
+def _rollout(spread: Spread) -> RolloutView:
     ran = sorted(set(spread.ran.values()))
     before = ", ".join([*ran[:3], *(["..."] if len(ran) > 3 else [])]) or "what ran"
     named = Title(title(spread), (0, before), (0, spread.version), "box")
-    return progress(named, spread.state, spread.rules, fleet.units(spread, {}), changed_at_ms=spread.changed_at_ms)
+    return progress(named, spread.state, spread.rules, spread.standing, changed_at_ms=spread.changed_at_ms)

@@ -1,7 +1,7 @@
 """Changes of deployments that spread in waves: how far they are, and an operator's word on them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -13,7 +13,7 @@ from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.calls import ACTOR, Call, checked
 from coordinator.core import rollout
 from coordinator.core.rollout import State
-from coordinator.deployment_rollout import DEFAULT, World, take_back, units_of
+from coordinator.deployment_rollout import DEFAULT, take_back
 from coordinator.news import News
 from coordinator.registry import audit, events, rollouts
 from coordinator.registry.database import Database
@@ -54,7 +54,7 @@ class RolloutCalls:
     async def show_rollout(self, request: web.Request) -> web.Response:
         """See CALLS."""
         name = request.match_info["name"]
-        return json_answer(await self._database.read(lambda tables: view_of(_known(tables, name), World(tables))))
+        return json_answer(await self._database.read(lambda tables: view_of(_known(tables, name))))
 
     async def pause(self, request: web.Request) -> web.Response:
         """See CALLS."""
@@ -88,7 +88,7 @@ class RolloutCalls:
                 events.add_own_event(tables, "", kind, name, f"by {request[ACTOR].who}, in wave {len(now.state.waves)}", now_ms)
             if now.state.phase == "aborted":
                 take_back(tables, now, now_ms)
-            return view_of(now, World(tables))
+            return view_of(now)
 
         view = await self._database.write(work)
         self._news.tell("deployments", "events")
@@ -108,18 +108,16 @@ def _known(tables: Tables, name: str) -> Rollout:
 def shown(tables: Tables, name: str) -> RolloutView | None:
     """Of one deployment, if it has one."""
     held = rollouts.read_rollout(tables, name)
-    return view_of(held, World(tables)) if held is not None else None
+    return view_of(held) if held is not None else None
 
 
 def views(tables: Tables) -> list[RolloutView]:
     """Of every deployment that has one."""
-    found = rollouts.read_rollouts(tables)
-    world = World(tables) if found else None  # every box: not for nothing
-    return [view_of(held, world) for held in found if world is not None]
+    return [view_of(held) for held in rollouts.read_rollouts(tables)]
 
 
-def view_of(held: Rollout, world: World) -> RolloutView:
-    """As people and scripts see it."""
+def view_of(held: Rollout) -> RolloutView:
+    """As people and scripts see it: as it was last looked at: each second, more seldom with very many boxes."""
     before, after = held.before, held.after
     return progress(
         Title(
@@ -130,7 +128,7 @@ def view_of(held: Rollout, world: World) -> RolloutView:
         ),
         held.state,
         after.spec.rollout or DEFAULT,
-        units_of(held, world, {}),
+        held.standing,
         changed_at_ms=held.changed_at_ms,
     )
 
@@ -144,9 +142,8 @@ class Title(msgspec.Struct, frozen=True):
     unit: Literal["box", "replica"]
 
 
-def progress(title: Title, state: State, rules: rollout.Rules, units: Mapping[str, rollout.Unit], *, changed_at_ms: int) -> RolloutView:
+def progress(title: Title, state: State, rules: rollout.Rules, standing: rollout.Standing, *, changed_at_ms: int) -> RolloutView:
     """How far something is that spreads in waves."""
-    total = len(state.admitted | set(units))
     wave = state.waves[-1] if state.waves else []
     return RolloutView(
         deployment=title.name,
@@ -157,11 +154,11 @@ def progress(title: Title, state: State, rules: rollout.Rules, units: Mapping[st
         before_generation=title.before[0],
         before_model=title.before[1],
         unit=title.unit,
-        total=total,
-        targets=rollout.targets(rules, total),
+        total=standing.total,
+        targets=rollout.targets(rules, standing.total),
         admitted=len(state.admitted),
-        ready=0 if state.phase in ("failed", "aborted") else sum(1 for name in state.admitted if name in units and units[name].ready),
-        away=sum(1 for name in state.admitted if name not in units or not units[name].is_there),
+        ready=0 if state.phase in ("failed", "aborted") else standing.ready,
+        away=standing.away,
         wave=len(state.waves),
         wave_units=sorted(wave)[:MOST_SHOWN],
         began_ms=state.began_ms,

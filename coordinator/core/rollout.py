@@ -130,6 +130,22 @@ class State(msgspec.Struct, frozen=True):
         return self.phase in OVER
 
 
+class Standing(msgspec.Struct, frozen=True):
+    """How far a change was when it was last looked at: of ``total`` units those that were let in and ``ready``, and those that were let in
+    and whose box was ``away``."""
+
+    total: int = 0
+    ready: int = 0
+    away: int = 0
+
+
+def standing(state: State, units: Mapping[str, Unit]) -> Standing:
+    """How far it is."""
+    ready = sum(1 for name in state.admitted if name in units and units[name].ready)
+    away = sum(1 for name in state.admitted if name not in units or not units[name].is_there)
+    return Standing(len(state.admitted | set(units)), 0 if state.phase in ("failed", "aborted") else ready, away)
+
+
 def begin(rules: Rules, units: Mapping[str, Unit], baseline: Baseline, *, seed: str, now_ms: int, can_compare: bool = False) -> State:
     """With the first wave let in, or to be asked besides where that is asked for and ``can_compare``."""
     first = _next_wave(rules, units, frozenset(), 0, seed)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from coordinator.core.rollout import Rules, State, Unit
+from coordinator.core.rollout import Rules, Standing, State, Unit
 from skerry.wire.bundle import Bundle
 from skerry.wire.messages import Birth, Software, SoftwareReport
 
@@ -48,6 +48,7 @@ class Spread(msgspec.Struct, frozen=True):
     changed_at_ms: int
     p99_ms: dict[str, float] = {}
     planned: int = 0
+    standing: Standing = Standing()
 
     @property
     def is_taken_back(self) -> bool:

@@ -5,7 +5,9 @@ from typing import Any
 from sqlite_utils import Database as Tables
 
 from coordinator.core.search import Search
+from skerry.wire import codec
 from skerry.wire.api import NodeState
+from skerry.wire.messages import SoftwareReport
 
 OUT = "n.id IN (SELECT node FROM enrolled WHERE revoked_at_ms > 0)"
 STATES: dict[NodeState, str] = {
@@ -66,6 +68,16 @@ def count_by_version(tables: Tables) -> dict[str, int]:
     """Of the boxes that said what they run, and were not thrown out."""
     rows = tables.query(f"SELECT version, count(*) AS n FROM nodes n WHERE version IS NOT NULL AND NOT {OUT} GROUP BY version")  # noqa: S608 - constants
     return {row["version"]: row["n"] for row in rows}
+
+
+def read_troubled(tables: Tables, *, most: int) -> list[tuple[str, SoftwareReport]]:
+    """Boxes whose last change of their own programs failed, by name, and what they say of it."""
+    rows = tables.query(
+        "SELECT id, json_extract(reported, '$.software') AS said FROM nodes n WHERE json_extract(reported, '$.software.phase') = 'failed'"  # noqa: S608 - constants
+        f" AND birth IS NOT NULL AND NOT {OUT} ORDER BY id LIMIT ?",
+        [most],
+    )
+    return [(row["id"], codec.decode(row["said"].encode(), SoftwareReport)) for row in rows]
 
 
 def _count(tables: Tables, condition: str, values: list[Any]) -> int:

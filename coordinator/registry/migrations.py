@@ -215,6 +215,9 @@ STEPS: list[str | Callable[[sqlite3.Connection], None]] = [
     CREATE INDEX numberings_with_gaps ON numberings (stream) WHERE json_array_length(numbering, '$.gaps') > 0;
     CREATE INDEX numberings_lost ON numberings (stream, lost);
     """,
+    """
+    CREATE INDEX nodes_software_failed ON nodes (id) WHERE json_extract(reported, '$.software.phase') = 'failed';
+    """,
 ]
 
 

@@ -7,7 +7,7 @@ import msgspec
 from sqlite_utils import Database as Tables
 
 from coordinator.core.deployment import Deployment
-from coordinator.core.rollout import State
+from coordinator.core.rollout import Standing, State
 from skerry.wire import codec
 
 
@@ -28,6 +28,7 @@ class Rollout(msgspec.Struct, frozen=True):
     state: State
     planned: int
     changed_at_ms: int
+    standing: Standing = Standing()
 
 
 class Failed(msgspec.Struct, frozen=True):

@@ -215,7 +215,7 @@ def _application(config: Config, core: _Core) -> web.Application:
     """The API and, over it, the console."""
     database, access, news, replan = core.database, core.access, core.news, core.plan_loop.wake
     vouching = Vouching(keys.trusted(config.model_keys_file))
-    views = Views(database, core.live, vouching, rollup_s=config.rollup_s)
+    views = Views(database, core.live, vouching, news, rollup_s=config.rollup_s)
     glance = Glance(database, core.live, news, fleet=config.fleet, is_connected=lambda: core.session.is_connected)
     store = ModelStore(config.state_dir / "models", limit_bytes=config.model_limit_bytes)
     calls = Calls(

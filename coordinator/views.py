@@ -12,6 +12,8 @@ from coordinator.core.outlook import outlook
 from coordinator.core.planner import Outcome, Placement
 from coordinator.core.search import Search
 from coordinator.live import Live, serve_view
+from coordinator.news import News
+from coordinator.recent import Recent
 from coordinator.registry import deployments, events, finding, glance, identity, measurements, models, nodes
 from coordinator.registry.database import Database
 from coordinator.registry.deployments import Stored
@@ -56,7 +58,8 @@ class Cut(msgspec.Struct, frozen=True):
 class Views:
     """Reads; changes nothing."""
 
-    def __init__(self, database: Database, live: Live, vouching: Vouching, *, rollup_s: int) -> None:
+    def __init__(self, database: Database, live: Live, vouching: Vouching, news: News, *, rollup_s: int) -> None:
+        self._recent = Recent(news)
         self._database = database
         self._live = live
         self._vouching = vouching
@@ -189,30 +192,34 @@ class Views:
 
     async def deployment(self, name: str) -> DeploymentView | None:
         """One deployment."""
-        cut = await self.deployment_cut(name, most=None)
-        return None if cut is None else cut.view
+        cut = await self._cut(name, most=None)
+        return None if cut is None else msgspec.structs.replace(cut.view, serve=self._live.serve(name))
 
-    async def deployment_cut(self, name: str, *, most: int | None) -> Cut | None:
-        """One deployment with so many of its placements and refusals, those first that are not as they should be; the sums are of all."""
+    async def deployment_cut(self, name: str, *, most: int, ready: int) -> Cut | None:
+        """One deployment with so many of its placements and refusals, those first that are not as they should be; the sums are of all.
+        ``ready`` is how many replicas are, where that is too dear to be counted here. Made once for all who look."""
+        cut = await self._recent.get(("cut", name, most), lambda: self._cut(name, most=most))
+        if cut is None:
+            return None
+        counted = ready if max(cut.placements, cut.refusals) > most else cut.view.ready
+        return msgspec.structs.replace(cut, view=msgspec.structs.replace(cut.view, ready=counted, serve=self._live.serve(name)))
 
+    async def _cut(self, name: str, *, most: int | None) -> Cut | None:
         def work(tables: Tables) -> Cut | None:
             stored = deployments.read_deployment(tables, name)
             if stored is None:
                 return None
             outcome = deployments.read_outcome(tables, name)
             placed, refused = (len(outcome.placements), len(outcome.refusals)) if outcome else (0, 0)
-            standing = None
             if outcome is not None and most is not None and max(placed, refused) > most:
                 worst = glance.read_worst(tables, name, most=most)
                 shown = [one for one in outcome.placements if (one.node, one.replica) in worst]
                 outcome = msgspec.structs.replace(outcome, placements=shown, refusals=outcome.refusals[:most])
-                standing = glance.read_standing(tables, name, by_box=stored.spec.replicas.count is None)
             used = {one.node for one in (outcome.placements if outcome else [])}
             view = self._deployment(stored, outcome, nodes.read_desired_of_some(tables, used), _reports_of(nodes.read_some(tables, used)))
-            return Cut(view if standing is None else msgspec.structs.replace(view, ready=standing.ready), placed, refused)
+            return Cut(view, placed, refused)
 
-        cut = await self._database.read(work)
-        return None if cut is None else msgspec.structs.replace(cut, view=msgspec.structs.replace(cut.view, serve=self._live.serve(name)))
+        return await self._database.read(work)
 
     def _deployment(
         self,

@@ -300,13 +300,19 @@ class Calls:
         return json_answer(await self._views.events(**narrowed, after=after, limit=limit))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """See CALLS. WHATWG HTML 9.2: named events, a comment when nothing happens so that both ends notice a dead link."""
+        """See CALLS. WHATWG HTML 9.2: named events, a comment when nothing happens so that both ends notice a dead link. Who comes
+        back with ``Last-Event-ID`` is told what changed meanwhile; ``hello`` says whether that is known."""
+        since = self._news.since(request.headers.get("Last-Event-ID", ""))
+        hello = 'data: {"resumed": true}' if since is not None else f'id: {self._news.place}\ndata: {{"resumed": false}}'
+        since = self._news.version if since is None else since
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-            await response.write(b"retry: 2000\nevent: hello\ndata: {}\n\n")
-            async for changed in self._news.follow(pause_s=STREAM_PAUSE_S, idle_s=STREAM_IDLE_S):
-                text = "".join(f"event: {topic}\ndata: {{}}\n\n" for topic in changed) or ": still here\n\n"
+            await response.write(f"retry: 2000\nevent: hello\n{hello}\n\n".encode())
+            async for changed in self._news.follow(since=since, pause_s=STREAM_PAUSE_S, idle_s=STREAM_IDLE_S):
+                told = [f"event: {topic}\ndata: {{}}\n" for topic in changed]
+                # With the last one alone: whoever is cut off among them is told all of them again.
+                text = "\n".join([*told[:-1], f"id: {self._news.place}\n{told[-1]}\n"]) if told else ": still here\n\n"
                 await response.write(text.encode())
         return response
 

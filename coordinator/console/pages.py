@@ -134,7 +134,8 @@ class Pages:
     async def deployment(self, request: web.Request) -> web.StreamResponse:
         """One deployment: where it runs, why there, what is wanted against what is reported, who answered."""
         name = request.match_info["name"]
-        cut = await self._views.deployment_cut(name, most=MOST_PLACEMENTS)
+        summary = next((one for one in (await self._glance.fleet(minutes=HOUR_MIN)).deployments if one.name == name), None)
+        cut = await self._views.deployment_cut(name, most=MOST_PLACEMENTS, ready=summary.ready if summary else 0)
         if cut is None:
             return missing(
                 request, _("There is no deployment “%(name)s”.", name=name[:80]), _("It may have been deleted, or the name is misspelt.")
@@ -142,7 +143,6 @@ class Pages:
         view = cut.view
         nodes = {node.id: node for node in await self._views.some({one.node for one in view.placements})}
         reported = {(node.id, replica.name): replica.generation for node in nodes.values() for replica in node.replicas}
-        summary = next((one for one in (await self._glance.fleet(minutes=HOUR_MIN)).deployments if one.name == name), None)
         compared = [] if is_fragment(request) else await self._database.read(lambda tables: versions.read(tables, name))
         context = {
             "view": view,

@@ -25,7 +25,6 @@ KEY = "releases.key"
 """Beside the releases: who vouches for them."""
 # As in the collection's ansible.cfg, with less patience.
 SSH_ARGUMENTS = "-o ControlMaster=auto -o ControlPersist=60s -o ConnectTimeout=3 -o ServerAliveInterval=2 -o ServerAliveCountMax=2"
-INFER = "/v2/models/scale/infer"
 REQUEST = {"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}], "parameters": {"timeout": 5_000_000}}
 DEPLOYMENT = """
 name: scale
@@ -139,8 +138,8 @@ class Operator:
 class Load:
     """Callers of every box, for as long as the block lasts; ``answered``, ``failed`` and ``slowest_ms`` after it."""
 
-    def __init__(self, ground: Ground, boxes: list[Machine], *, per_s: float = 10.0) -> None:
-        given = {"boxes": [box.address for box in boxes], "path": INFER, "body": REQUEST, "per_s": per_s}
+    def __init__(self, ground: Ground, boxes: list[Machine], *, per_s: float = 10.0, deployment: str = "scale") -> None:
+        given = {"boxes": [box.address for box in boxes], "path": f"/v2/models/{deployment}/infer", "body": REQUEST, "per_s": per_s}
         self._words = ground.inside(sys.executable, Path(__file__).with_name("load.py"), json.dumps(given))
         self.answered: dict[str, int] = {}
         self.failed: list[str] = []

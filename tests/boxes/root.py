@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "openssh-server", "iproute2", "procps", "ca-certificates",
-    "bubblewrap", "mosquitto",
+    "bubblewrap", "mosquitto", "docker.io",
 )  # fmt: skip
 LEFT_OUT = ("doc", "man", "locale")
 MASKED = (
@@ -18,6 +18,9 @@ MASKED = (
 )  # fmt: skip
 # The kernel gives a sandbox a /proc of its own where all of one is seen already, and systemd-nspawn hides a part of the box's.
 PROC = "[Mount]\nWhat=proc\nWhere=/run/whole-proc\nType=proc\n[Install]\nWantedBy=sysinit.target\n"
+# No sandbox has a network. An overlay on an overlay is more than some kernels do, and what a box may take is bounded outside of it.
+ENGINE = '{"bridge": "none", "iptables": false, "ip6tables": false, "storage-driver": "vfs"}'
+ENGINE_UNIT = "[Service]\nOOMScoreAdjust=0\nLimitNOFILE=\nLimitNPROC=\nLimitCORE=\n"
 # sshd looks a client up in a DNS that is not there for eight seconds.
 SSHD = "UseDNS no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
 BUILT_WITHIN_S = 600
@@ -75,8 +78,15 @@ def _build(folder: Path) -> None:
         path.unlink(missing_ok=True)
         path.symlink_to("/dev/null")
     (etc / "systemd/system/run-whole\\x2dproc.mount").write_text(PROC)
-    # Of the distribution; the fleet's broker is for Ansible to start.
-    (etc / "systemd/system/multi-user.target.wants/mosquitto.service").unlink()
+    # Of the distribution: the fleet's broker is for Ansible to start, an engine for the test that wants one.
+    for unit in ("mosquitto", "docker", "containerd"):
+        (etc / f"systemd/system/multi-user.target.wants/{unit}.service").unlink()
+    (etc / "systemd/system/sockets.target.wants/docker.socket").unlink()
+    (etc / "docker").mkdir(exist_ok=True)
+    (etc / "docker/daemon.json").write_text(ENGINE)
+    for unit in ("docker", "containerd"):
+        (etc / f"systemd/system/{unit}.service.d").mkdir()
+        (etc / f"systemd/system/{unit}.service.d/boxes.conf").write_text(ENGINE_UNIT)
     wanted = etc / "systemd/system/sysinit.target.wants"
     wanted.mkdir(exist_ok=True)
     (wanted / "run-whole\\x2dproc.mount").symlink_to("../run-whole\\x2dproc.mount")

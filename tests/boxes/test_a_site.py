@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 
@@ -121,6 +122,51 @@ def test_an_engines_socket_is_out_of_sight_of_what_faces_the_network_and_comes_l
             assert set(box.run(*there, "/run").stdout.split()) <= {"skerry", "systemd", "credentials"}
     finally:
         box.run("rm", "/run/docker.sock")
+
+
+BOXED = """
+name: boxed
+model: scale:1
+replicas: {per_node: 1}
+isolation: {at_least: container}
+resources: {memory: 256MiB}
+slo: {deadline_ms: 5000}
+"""
+
+
+def test_a_container_engine_that_a_box_has_runs_its_sandboxes_under_the_same_units(operator):
+    box = operator.boxes[2]
+    box.run("systemctl", "start", "docker")
+    try:
+        operator.api("POST", "/v1/deployments", BOXED.encode(), media="application/yaml")
+
+        def standing() -> dict[str, Any]:
+            return operator.api("GET", "/v1/deployments/boxed")
+
+        operator.until(lambda: standing()["ready"] == 1, within_s=90)
+        (placement,) = standing()["placements"]
+        assert (placement["node"], placement["rung"], placement["driver"]) == (box.name, "container", "docker")
+        assert {refusal["node"] for refusal in standing()["refusals"]} == {"box-1", "box-2"}, "they have an engine that does not run"
+        (running,) = box.run("docker", "ps", "--quiet", "--no-trunc", "--filter", "label=skerry.owner").stdout.split()
+        with Load(operator.ground, [box], deployment="boxed") as load:
+            time.sleep(1)
+            before = box.show("skerry-warden.service", "MainPID")
+            box.run("systemctl", "kill", "--signal=KILL", "--kill-whom=main", "skerry-warden.service")
+            operator.until(lambda: box.show("skerry-warden.service", "MainPID") not in (before, "0"), within_s=40)
+            time.sleep(3)
+        assert (load.failed, min(load.answered.values()) > 20) == ([], True)
+        assert box.run("docker", "ps", "--quiet", "--no-trunc", "--filter", "label=skerry.owner").stdout.split() == [running], (
+            "it was adopted"
+        )
+        box.run("docker", "kill", running)
+        operator.until(lambda: standing()["placements"][0]["restarts"] == 1 and standing()["ready"] == 1, within_s=60)
+        operator.api("DELETE", "/v1/deployments/boxed")
+        operator.until(lambda: not box.run("docker", "ps", "--all", "--quiet", "--filter", "label=skerry.owner").stdout, within_s=60)
+    finally:
+        box.run("systemctl", "stop", "docker.service", "docker.socket", "containerd.service")
+    with Load(operator.ground, [box]) as load:
+        time.sleep(1)
+    assert (load.failed, min(load.answered.values()) > 3) == ([], True)
 
 
 def test_a_box_that_boots_without_a_network_serves(operator, record_property):

@@ -133,6 +133,7 @@ function show(html) {
 
 let heardAt = performance.now();
 let stopping = null;
+let place = ""; // of the last event: what changed since is told by a stream that begins there
 
 function setPulse(isLive) {
   pulse.hidden = false;
@@ -147,10 +148,10 @@ function heard() {
 }
 
 async function readStream(signal) {
-  const response = await fetch("/v1/stream", { signal, cache: "no-store", headers: { Accept: "text/event-stream" } });
+  const headers = { Accept: "text/event-stream", ...(place ? { "Last-Event-ID": place } : {}) };
+  const response = await fetch("/v1/stream", { signal, cache: "no-store", headers });
   if (response.status === 401) reload();
   if (!response.ok) return;
-  lookSoon();
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -160,6 +161,11 @@ async function readStream(signal) {
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     const told = new Set(lines.filter((line) => line.startsWith("event: ")).map((line) => line.slice(7).trim()));
+    for (const line of lines) if (line.startsWith("id: ")) place = line.slice(4).trim();
+    if (told.delete("hello") && !lines.some((line) => line.includes('"resumed": true'))) {
+      lookSoon(); // what changed meanwhile is not known
+      for (const topic of ["nodes", "deployments", "events", "metrics"]) told.add(topic);
+    }
     if (told.size) document.dispatchEvent(new CustomEvent("skerry:news", { detail: told }));
     if ([...told].some((topic) => topics.has(topic))) lookSoon();
   }

@@ -20,7 +20,8 @@ MASKED = (
 PROC = "[Mount]\nWhat=proc\nWhere=/run/whole-proc\nType=proc\n[Install]\nWantedBy=sysinit.target\n"
 # No sandbox has a network. An overlay on an overlay is more than some kernels do, and what a box may take is bounded outside of it.
 ENGINE = '{"bridge": "none", "iptables": false, "ip6tables": false, "storage-driver": "vfs"}'
-ENGINE_UNIT = "[Service]\nOOMScoreAdjust=0\nLimitNOFILE=\nLimitNPROC=\nLimitCORE=\n"
+# What is wrong with somebody else's unit does not keep ours from being installed.
+FLAWED = "[Service]\nLimitNOFILE=\n"
 # sshd looks a client up in a DNS that is not there for eight seconds.
 SSHD = "UseDNS no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
 BUILT_WITHIN_S = 600
@@ -84,9 +85,8 @@ def _build(folder: Path) -> None:
     (etc / "systemd/system/sockets.target.wants/docker.socket").unlink()
     (etc / "docker").mkdir(exist_ok=True)
     (etc / "docker/daemon.json").write_text(ENGINE)
-    for unit in ("docker", "containerd"):
-        (etc / f"systemd/system/{unit}.service.d").mkdir()
-        (etc / f"systemd/system/{unit}.service.d/boxes.conf").write_text(ENGINE_UNIT)
+    (etc / "systemd/system/docker.service.d").mkdir()
+    (etc / "systemd/system/docker.service.d/flawed.conf").write_text(FLAWED)
     wanted = etc / "systemd/system/sysinit.target.wants"
     wanted.mkdir(exist_ok=True)
     (wanted / "run-whole\\x2dproc.mount").symlink_to("../run-whole\\x2dproc.mount")

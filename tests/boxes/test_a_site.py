@@ -147,7 +147,8 @@ def test_a_container_engine_that_a_box_has_runs_its_sandboxes_under_the_same_uni
         (placement,) = standing()["placements"]
         assert (placement["node"], placement["rung"], placement["driver"]) == (box.name, "container", "docker")
         assert {refusal["node"] for refusal in standing()["refusals"]} == {"box-1", "box-2"}, "they have an engine that does not run"
-        (running,) = box.run("docker", "ps", "--quiet", "--no-trunc", "--filter", "label=skerry.owner").stdout.split()
+        listed = ["docker", "ps", "--all", "--quiet", "--no-trunc", "--filter", "label=skerry.owner"]
+        (running,) = box.run(*listed).stdout.split()
         with Load(operator.ground, [box], deployment="boxed") as load:
             time.sleep(1)
             before = box.show("skerry-warden.service", "MainPID")
@@ -155,13 +156,11 @@ def test_a_container_engine_that_a_box_has_runs_its_sandboxes_under_the_same_uni
             operator.until(lambda: box.show("skerry-warden.service", "MainPID") not in (before, "0"), within_s=40)
             time.sleep(3)
         assert (load.failed, min(load.answered.values()) > 20) == ([], True)
-        assert box.run("docker", "ps", "--quiet", "--no-trunc", "--filter", "label=skerry.owner").stdout.split() == [running], (
-            "it was adopted"
-        )
+        assert box.run(*listed).stdout.split() == [running], "it was adopted"
         box.run("docker", "kill", running)
         operator.until(lambda: standing()["placements"][0]["restarts"] == 1 and standing()["ready"] == 1, within_s=60)
         operator.api("DELETE", "/v1/deployments/boxed")
-        operator.until(lambda: not box.run("docker", "ps", "--all", "--quiet", "--filter", "label=skerry.owner").stdout, within_s=60)
+        operator.until(lambda: not box.run(*listed).stdout, within_s=60)
     finally:
         box.run("systemctl", "stop", "docker.service", "docker.socket", "containerd.service")
     with Load(operator.ground, [box]) as load:

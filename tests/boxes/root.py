@@ -20,8 +20,8 @@ MASKED = (
 PROC = "[Mount]\nWhat=proc\nWhere=/run/whole-proc\nType=proc\n[Install]\nWantedBy=sysinit.target\n"
 # No sandbox has a network. An overlay on an overlay is more than some kernels do, and what a box may take is bounded outside of it.
 ENGINE = '{"bridge": "none", "iptables": false, "ip6tables": false, "storage-driver": "vfs"}'
-# What is wrong with somebody else's unit does not keep ours from being installed.
-FLAWED = "[Service]\nLimitNOFILE=\n"
+# The empty limit is a mistake: what is wrong with somebody else's unit does not keep ours from being installed.
+ENGINE_UNIT = "[Service]\nLimitNOFILE=\nPrivateMounts=yes\nExecStart=\nExecStart=/usr/local/sbin/engine\n"
 # sshd looks a client up in a DNS that is not there for eight seconds.
 SSHD = "UseDNS no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
 BUILT_WITHIN_S = 600
@@ -48,7 +48,8 @@ def missing() -> str:
 def cached() -> Path:
     """The folder, made now where there is none of this week: security updates come by then."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skerry-boxes"
-    mark = f"{suite()}-{hashlib.sha256(Path(__file__).read_bytes() + time.strftime('%G-%V').encode()).hexdigest()[:16]}"
+    source = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("root.py", "engine.sh"))
+    mark = f"{suite()}-{hashlib.sha256(source + time.strftime('%G-%V').encode()).hexdigest()[:16]}"
     kept = folder / mark
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,8 @@ def _build(folder: Path) -> None:
     (etc / "docker").mkdir(exist_ok=True)
     (etc / "docker/daemon.json").write_text(ENGINE)
     (etc / "systemd/system/docker.service.d").mkdir()
-    (etc / "systemd/system/docker.service.d/flawed.conf").write_text(FLAWED)
+    (etc / "systemd/system/docker.service.d/boxes.conf").write_text(ENGINE_UNIT)
+    shutil.copy(Path(__file__).with_name("engine.sh"), folder / "usr/local/sbin/engine")
     wanted = etc / "systemd/system/sysinit.target.wants"
     wanted.mkdir(exist_ok=True)
     (wanted / "run-whole\\x2dproc.mount").symlink_to("../run-whole\\x2dproc.mount")

@@ -10,7 +10,8 @@ echo $$ >"$cg/cgroup.procs"
 child=
 trap '[ -n "$child" ] && kill -TERM "$child"' TERM
 while :; do
-  # A container engine in a box gives each container a keyring. Without the capabilities and bpf(2), IPAddressDeny= and DevicePolicy= are not enforced, and nobody says so.
+  # Without the capabilities and bpf(2), IPAddressDeny= and DevicePolicy= are not enforced, and nobody says so. A container engine in a
+  # box gives each container a keyring.
   systemd-nspawn --boot --register=no --keep-unit --console=read-only --resolv-conf=off --timezone=off --link-journal=no \
     --capability=CAP_BPF,CAP_NET_ADMIN "--system-call-filter=bpf @keyring" "$@" &
   child=$!

@@ -15,12 +15,13 @@ LEFT_OUT = ("doc", "man", "locale")
 MASKED = (
     "getty.target", "console-getty.service", "e2scrub_reap.service", "e2scrub_all.timer", "apt-daily.timer",
     "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "fstrim.timer", "systemd-update-utmp-runlevel.service",
+    "containerd.service",
 )  # fmt: skip
 # The kernel gives a sandbox a /proc of its own where all of one is seen already, and systemd-nspawn hides a part of the box's.
 PROC = "[Mount]\nWhat=proc\nWhere=/run/whole-proc\nType=proc\n[Install]\nWantedBy=sysinit.target\n"
 # No sandbox has a network. An overlay on an overlay is more than some kernels do, and what a box may take is bounded outside of it.
 ENGINE = '{"bridge": "none", "iptables": false, "ip6tables": false, "storage-driver": "vfs"}'
-# The empty limit is a mistake: what is wrong with somebody else's unit does not keep ours from being installed.
+# With a containerd of its own, that sees the same control groups. The empty limit is a mistake: what is wrong with somebody else's unit does not keep ours from being installed.
 ENGINE_UNIT = "[Service]\nLimitNOFILE=\nPrivateMounts=yes\nExecStart=\nExecStart=/usr/local/sbin/engine\n"
 # sshd looks a client up in a DNS that is not there for eight seconds.
 SSHD = "UseDNS no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
@@ -81,7 +82,7 @@ def _build(folder: Path) -> None:
         path.symlink_to("/dev/null")
     (etc / "systemd/system/run-whole\\x2dproc.mount").write_text(PROC)
     # Of the distribution: the fleet's broker is for Ansible to start, an engine for the test that wants one.
-    for unit in ("mosquitto", "docker", "containerd"):
+    for unit in ("mosquitto", "docker"):
         (etc / f"systemd/system/multi-user.target.wants/{unit}.service").unlink()
     (etc / "systemd/system/sockets.target.wants/docker.socket").unlink()
     (etc / "docker").mkdir(exist_ok=True)

@@ -162,7 +162,7 @@ def test_a_container_engine_that_a_box_has_runs_its_sandboxes_under_the_same_uni
         operator.api("DELETE", "/v1/deployments/boxed")
         operator.until(lambda: not box.run(*listed).stdout, within_s=60)
     finally:
-        box.run("systemctl", "stop", "docker.service", "docker.socket", "containerd.service")
+        box.run("systemctl", "stop", "docker.service", "docker.socket")
     with Load(operator.ground, [box]) as load:
         time.sleep(1)
     assert (load.failed, min(load.answered.values()) > 3) == ([], True)

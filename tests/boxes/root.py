@@ -21,7 +21,8 @@ MASKED = (
 PROC = "[Mount]\nWhat=proc\nWhere=/run/whole-proc\nType=proc\n[Install]\nWantedBy=sysinit.target\n"
 # No sandbox has a network. An overlay on an overlay is more than some kernels do, and what a box may take is bounded outside of it.
 ENGINE = '{"bridge": "none", "iptables": false, "ip6tables": false, "storage-driver": "vfs"}'
-# With a containerd of its own, that sees the same control groups. The empty limit is a mistake: what is wrong with somebody else's unit does not keep ours from being installed.
+# Its containerd is its own, and sees the same control groups. The empty limit is a mistake: what is wrong with somebody else's unit does
+# not keep ours from being installed.
 ENGINE_UNIT = "[Service]\nLimitNOFILE=\nPrivateMounts=yes\nExecStart=\nExecStart=/usr/local/sbin/engine\n"
 # sshd looks a client up in a DNS that is not there for eight seconds.
 SSHD = "UseDNS no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"

@@ -134,6 +134,13 @@ slo: {deadline_ms: 5000}
 """
 
 
+def containers_of(machine: Machine, deployment: str) -> list[str]:
+    """Ids of the containers that are its replicas, those that ended among them."""
+    words = ["docker", "ps", "--all", "--no-trunc", "--filter", "label=skerry.owner", "--format", '{{.ID}} {{.Label "skerry.name"}}']
+    found = [line.split() for line in machine.run(*words).stdout.splitlines()]
+    return [container for container, name in found if name.startswith(f"{deployment}-0")]
+
+
 def test_a_container_engine_that_a_box_has_runs_its_sandboxes_under_the_same_units(operator):
     box = operator.boxes[2]
     box.run("systemctl", "start", "docker")
@@ -147,8 +154,7 @@ def test_a_container_engine_that_a_box_has_runs_its_sandboxes_under_the_same_uni
         (placement,) = standing()["placements"]
         assert (placement["node"], placement["rung"], placement["driver"]) == (box.name, "container", "docker")
         assert {refusal["node"] for refusal in standing()["refusals"]} == {"box-1", "box-2"}, "they have an engine that does not run"
-        listed = ["docker", "ps", "--all", "--quiet", "--no-trunc", "--filter", "label=skerry.owner"]
-        (running,) = box.run(*listed).stdout.split()
+        (running,) = containers_of(box, "boxed")
         with Load(operator.ground, [box], deployment="boxed") as load:
             time.sleep(1)
             before = box.show("skerry-warden.service", "MainPID")
@@ -156,11 +162,11 @@ def test_a_container_engine_that_a_box_has_runs_its_sandboxes_under_the_same_uni
             operator.until(lambda: box.show("skerry-warden.service", "MainPID") not in (before, "0"), within_s=40)
             time.sleep(3)
         assert (load.failed, min(load.answered.values()) > 20) == ([], True)
-        assert box.run(*listed).stdout.split() == [running], "it was adopted"
+        assert containers_of(box, "boxed") == [running], "it was adopted"
         box.run("docker", "kill", running)
         operator.until(lambda: standing()["placements"][0]["restarts"] == 1 and standing()["ready"] == 1, within_s=60)
         operator.api("DELETE", "/v1/deployments/boxed")
-        operator.until(lambda: not box.run(*listed).stdout, within_s=60)
+        operator.until(lambda: not containers_of(box, "boxed"), within_s=60)
     finally:
         box.run("systemctl", "stop", "docker.service", "docker.socket")
     with Load(operator.ground, [box]) as load:

@@ -230,7 +230,7 @@ def _application(config: Config, core: _Core) -> web.Application:
         (account_calls.CALLS, AccountCalls(database, core.changes, core.entry, access, public_url=config.public_url)),
         (recovery_calls.CALLS, RecoveryCalls(database, access, news, fleet=config.fleet, replan=replan)),
         (drain_calls.CALLS, DrainCalls(database, access, news, replan=replan)),
-        (model_calls.CALLS, ModelCalls(database, views, store, Survey(database, views, Gateways(config.fleet, _asking(config))), access)),
+        (model_calls.CALLS, ModelCalls(database, views, store, Survey(views, Gateways(config.fleet, _asking(config))), access)),
         (restart_calls.CALLS, RestartCalls(database, access, news, replan=replan)),
         (rollout_calls.CALLS, RolloutCalls(database, access, news, look=core.rollout_loop.wake, replan=replan)),
         (metrics_calls.CALLS, MetricsCalls(database, glance, access)),

@@ -170,7 +170,7 @@ def _looked_at(tables: Tables, held: Rollout, world: World, now_ms: int) -> tupl
     else:
         counts = _counts(tables, held, world, rules) if held.state.ready_since_ms else Counts()
         after = rollout.step(held.state, rules, units, counts, seed=seed, now_ms=now_ms)
-    return after, rollout.standing(after, units)
+    return after, rollout.standing(after, units, before=held.state.admitted)
 
 
 def _model_of(version: Version) -> tuple[str, int]:

@@ -1,5 +1,4 @@
-"""Boxes' gateways, as the coordinator asks them: for an operator who tries a model or wonders who would answer, and for
-nothing else.
+"""Boxes' gateways, as the coordinator asks them: for an operator who tries a model, and for whoever looks at how boxes decide and decided.
 
 Where a box's gateway is, the box says itself. Over TLS it must show the certificate of that very box; without, it is asked only where the
 coordinator itself does without. What comes back is bounded and never followed elsewhere.
@@ -18,6 +17,8 @@ from skerry.wire.identity import Subject
 TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 3.0
 MOST_ANSWER_BYTES = 64 * 2**20
+MOST_TOLD_BYTES = 2**20
+"""Of what a gateway tells of its decisions."""
 PASSED_ON = ("Content-Type", "Inference-Header-Content-Length")
 TOLD = (
     "Content-Type",
@@ -59,11 +60,11 @@ class Gateways:
         self, node: str, url: str, deployment: str, what: Literal["decision", "decisions", "slowest"], query: dict[str, str]
     ) -> Asked:
         """What the box would do with a request that came now, would have done with others, or which took longest. Raises NotAnswered."""
-        return await self._ask("GET", node, url, f"{deployment}/{what}", query=query)
+        return await self._ask("GET", node, url, f"{deployment}/{what}", query=query, most_bytes=MOST_TOLD_BYTES)
 
     async def _ask(
         self, method: str, node: str, url: str, path: str, *, body: bytes = b"", headers: dict[str, str] | None = None,
-        query: dict[str, str] | None = None,
+        query: dict[str, str] | None = None, most_bytes: int = MOST_ANSWER_BYTES,
     ) -> Asked:  # fmt: skip
         scheme = url.partition("://")[0]
         if scheme != "https" and (scheme != "http" or self._context is not None):
@@ -79,9 +80,9 @@ class Gateways:
                     ssl=secured or True, server_hostname=name, headers=headers,
                 ) as response,
             ):  # fmt: skip
-                answer = await streams.beginning(response.content, MOST_ANSWER_BYTES)
-                if len(answer) > MOST_ANSWER_BYTES:
-                    raise NotAnswered(f"box {node} answered with more than {MOST_ANSWER_BYTES} bytes")
+                answer = await streams.beginning(response.content, most_bytes)
+                if len(answer) > most_bytes:
+                    raise NotAnswered(f"box {node} answered with more than {most_bytes} bytes")
                 return Asked(response.status, {key: response.headers[key][:2000] for key in TOLD if key in response.headers}, answer)
         except (aiohttp.ClientError, ssl.SSLError, OSError, ValueError) as exc:
             raise NotAnswered(f"box {node}: {str(exc)[:300] or type(exc).__name__}") from exc

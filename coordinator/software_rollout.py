@@ -71,7 +71,7 @@ def turn(tables: Tables, *, now_ms: int) -> Spread | None:
     else:
         counts = _counts(tables, held) if held.state.ready_since_ms else Counts()
         state = rollout.step(held.state, held.rules, units, counts, seed=held.version, now_ms=now_ms)
-    stands = rollout.standing(state, units)
+    stands = rollout.standing(state, units, before=held.state.admitted)
     if state == held.state:
         if stands != held.standing:
             releases.save_spread(tables, msgspec.structs.replace(held, standing=stands))

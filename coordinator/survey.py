@@ -9,9 +9,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from coordinator.gateways import Gateways, NotAnswered
-from coordinator.registry import measurements
-from coordinator.registry.database import Database
+from coordinator.gateways import MOST_TOLD_BYTES, Gateways, NotAnswered
 from coordinator.views import Views
 from skerry.wire import codec
 from skerry.wire.api import NodeView
@@ -22,8 +20,9 @@ T = TypeVar("T")
 
 MOST_ASKED = 24
 AT_A_TIME = 8
-MOST_TOLD_BYTES = 2**20
 MOST_SHOWN = 30
+MOST_OF_ONE = 10
+"""One box's must not hide the others'."""
 MOST_COUNT = 2**53
 """Sums stop here: a box in an enemy's hands must not make a number that JSON's readers can't hold."""
 
@@ -39,9 +38,9 @@ class _Told(msgspec.Struct, frozen=True):
 class Survey:
     """Asks through ``gateways``."""
 
-    def __init__(self, database: Database, views: Views, gateways: Gateways) -> None:
-        self._database = database
+    def __init__(self, views: Views, gateways: Gateways) -> None:
         self._views = views
+        self._turns = asyncio.Semaphore(AT_A_TIME)
         self.gateways = gateways
 
     async def decisions(self, name: str, query: dict[str, str], *, minutes: int, node: str = "") -> WhatIf:
@@ -49,7 +48,7 @@ class Survey:
         asked = {key: query[key] for key in Changed.__struct_fields__ if query.get(key)}
         told = await self._told(name, "decisions", asked | {"minutes": str(minutes)}, minutes=minutes, node=node)
         found, silent = _understood(told, Decisions)
-        moved = [MovedOn(**msgspec.structs.asdict(move), node=box) for box, one in found.items() for move in one.moved]
+        moved = [MovedOn(**msgspec.structs.asdict(move), node=box) for box, one in found.items() for move in one.moved[:MOST_OF_ONE]]
         moved.sort(key=lambda move: -move.at_ms)
         return WhatIf(
             deployment=name,
@@ -67,36 +66,34 @@ class Survey:
         """The requests of the last ``minutes`` that took longest."""
         told = await self._told(name, "slowest", {"minutes": str(minutes)}, minutes=minutes, node=node)
         found, silent = _understood(told, Slowest)
-        requests = [SlowRequestOf(**msgspec.structs.asdict(each), asked=box) for box, one in found.items() for each in one.requests]
+        requests = [
+            SlowRequestOf(**msgspec.structs.asdict(each), asked=box) for box, one in found.items() for each in one.requests[:MOST_OF_ONE]
+        ]
         requests.sort(key=lambda one: (-one.took_ms, -one.at_ms, one.asked))
         return SlowestOfAll(name, minutes, told.boxes, sorted(found), silent, requests[:MOST_SHOWN])
 
     async def _told(
         self, name: str, what: Literal["decisions", "slowest"], query: dict[str, str], *, minutes: int, node: str
     ) -> _Told:  # fmt: skip
-        since_s = _now_ms() // 1000 - minutes * 60
-        names, boxes = await self._database.read(
-            lambda tables: measurements.read_most_asked(tables, name, since_s=since_s, limit=MOST_ASKED)
-        )
+        names, boxes = await self._views.most_asked(name, minutes=minutes, limit=MOST_ASKED)
         views = await self._views.some([node] if node else names)
         answers: dict[str, bytes] = {}
         silent = [f"{node[:80]}: there is no such box"] if node and not views else []
-        turns = asyncio.Semaphore(AT_A_TIME)
 
         async def ask(view: NodeView) -> None:
             if reason := _why_not(view):
                 silent.append(f"{view.id}: {reason}")
                 return
-            async with turns:
+            async with self._turns:
                 try:
                     asked = await self.gateways.look(view.id, view.gateway_url, name, what, query)
                 except NotAnswered as exc:
                     silent.append(str(exc))
                     return
-            if asked.status == 200 and len(asked.body) <= MOST_TOLD_BYTES:
+            if asked.status == 200:
                 answers[view.id] = asked.body
             else:
-                silent.append(f"box {view.id} said {asked.status}: its software may be older")
+                silent.append(f"box {view.id} said {asked.status}: it does not have it any more, or its software is older")
 
         async with asyncio.TaskGroup() as tasks:
             for view in views:

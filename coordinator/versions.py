@@ -6,21 +6,23 @@ import msgspec
 from sqlite_utils import Database as Tables
 
 from coordinator.registry import deployments, measurements, rollouts
-from coordinator.registry.measurements import Served
+from coordinator.registry.measurements import ALL, Served
 from coordinator.registry.rollouts import Rollout
 from skerry.wire import latency
 from skerry.wire.fleet import QUANTILES, VersionView
 
 SPAN_S = 3600
-MOST_BOXES = 500
+MOST_BOXES = 100
 """Of a version: enough to know."""
 
 
 def read(tables: Tables, name: str, *, now_s: float | None = None) -> list[VersionView]:
-    """The present version first, then the one before it if there was a change; none where there is no such deployment.
+    """The version that a change brings first, then the one before it; the present one alone where nothing spreads or spread, none where
+    there is no such deployment.
 
-    While a change spreads, and where it failed, both are seen on their own boxes in the time since it began. Once it is everywhere, the one
-    before is seen in the hour before it began.
+    While a change spreads, and where it was taken back, both are seen on their own boxes at the same time: since all that were let in ran
+    it, or, while the present wave does not run it yet, on those of earlier waves since it was let in. Once it is everywhere, the one before
+    is seen in the hour before it began.
     """
     stored = deployments.read_deployment(tables, name)
     if stored is None:
@@ -28,36 +30,32 @@ def read(tables: Tables, name: str, *, now_s: float | None = None) -> list[Versi
     now = int(time.time() if now_s is None else now_s)
     held = rollouts.read_rollout(tables, name)
     if held is None or held.state.is_shadow:
-        return [
-            _view(stored.spec.model, stored.spec.version, stored.generation, _whole(tables, name, now - SPAN_S, now), now - SPAN_S, now)
-        ]
-    began, changed = held.state.began_ms // 1000, held.changed_at_ms // 1000
-    if held.state.phase == "done":
+        since, spec = max(now - SPAN_S, stored.changed_at_ms // 1000), stored.spec
+        served = measurements.sum_up(tables, name, [ALL], since_s=since, until_s=now)
+        return [_view(spec.model, spec.version, stored.generation, served, since, now)]
+    began, changed, state = held.state.began_ms // 1000, held.changed_at_ms // 1000, held.state
+    if state.phase == "done":
         since = max(now - SPAN_S, changed)
-        after, before = _whole(tables, name, since, now), _whole(tables, name, began - SPAN_S, began)
+        after = measurements.sum_up(tables, name, [ALL], since_s=since, until_s=now)
+        before = measurements.sum_up(tables, name, [ALL], since_s=began - SPAN_S, until_s=began)
         return [_of(held, after, since, now, is_new=True), _of(held, before, began - SPAN_S, began, is_new=False)]
-    until = changed if held.state.is_over else now
-    new, old = _boxes(tables, name, held)
-    after, before = (_some(tables, name, boxes, began, until) for boxes in (new, old))
-    return [_of(held, after, began, until, is_new=True, boxes=len(new)), _of(held, before, began, until, is_new=False, boxes=len(old))]
+    until = changed if state.is_over else now
+    since = max(until - SPAN_S, -(-(state.ready_since_ms or state.wave_since_ms) // 1000))
+    running = {unit for wave in (state.waves if state.ready_since_ms else state.waves[:-1]) for unit in wave}
+    new, old = _boxes(tables, name, running), _boxes(tables, name, set(state.let_in), is_among=False)
+    after, before = (measurements.sum_up(tables, name, boxes, since_s=since, until_s=until) for boxes in (new, old))
+    return [_of(held, after, since, until, is_new=True, boxes=len(new)), _of(held, before, since, until, is_new=False, boxes=len(old))]
 
 
-def _boxes(tables: Tables, name: str, held: Rollout) -> tuple[list[str], list[str]]:
-    """Those that were let in, and the others."""
-    units = held.state.let_in
-    found = list(tables.query("SELECT DISTINCT node, replica FROM said WHERE deployment = ? ORDER BY node", [name]))
-    new = {row["node"] for row in found if row["node"] in units or row["replica"] in units}
-    return sorted(new), sorted({row["node"] for row in found} - new)
-
-
-def _whole(tables: Tables, name: str, since_s: int, until_s: int) -> Served:
-    served = measurements.read_served(tables, since_s=since_s, deployment=name)
-    return measurements.total(one for one in served if one.at_s < until_s)
-
-
-def _some(tables: Tables, name: str, boxes: list[str], since_s: int, until_s: int) -> Served:
-    served = measurements.read_served_by(tables, boxes[:MOST_BOXES], since_s=since_s, deployment=name)
-    return measurements.total(one for one in served if one.at_s < until_s)
+def _boxes(tables: Tables, name: str, units: set[str], *, is_among: bool = True) -> list[str]:
+    """Boxes that run some of a deployment's units, or others; MOST_BOXES at the most."""
+    among = "(SELECT value FROM json_each(:units))"
+    condition = f"(node IN {among} OR replica IN {among})"
+    rows = tables.query(
+        f"SELECT DISTINCT node FROM said WHERE deployment = :name AND {'' if is_among else 'NOT '}{condition} LIMIT :most",  # noqa: S608 - constants
+        {"name": name, "units": msgspec.json.encode(sorted(units)).decode(), "most": MOST_BOXES},
+    )
+    return sorted(row["node"] for row in rows)
 
 
 def _of(held: Rollout, served: Served, since_s: int, until_s: int, *, is_new: bool, boxes: int | None = None) -> VersionView:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 from sqlite_utils import Database as Tables
 
+from coordinator import versions
 from coordinator.core.deployment import Deployment
 from coordinator.core.difference import difference
 from coordinator.core.outlook import outlook
@@ -36,7 +37,7 @@ from skerry.wire.api import (
     SplitView,
     Stream,
 )
-from skerry.wire.fleet import Difference
+from skerry.wire.fleet import Difference, VersionView
 from skerry.wire.messages import Desired, ReplicaReport, ReplicaSpec, SoftwareReport
 
 
@@ -203,6 +204,18 @@ class Views:
             return None
         counted = ready if max(cut.placements, cut.refusals) > most else cut.view.ready
         return msgspec.structs.replace(cut, view=msgspec.structs.replace(cut.view, ready=counted, serve=self._live.serve(name)))
+
+    async def versions(self, name: str) -> list[VersionView]:
+        """How a deployment's present version serves, and the one before it; made once for all who look."""
+        return await self._recent.get(("versions", name), lambda: self._database.read(lambda tables: versions.read(tables, name)))
+
+    async def most_asked(self, name: str, *, minutes: int, limit: int) -> tuple[list[str], int]:
+        """The boxes that had the most requests for a deployment, and how many had any; made once for all who look."""
+        since_s = int(time.time()) - minutes * 60
+        return await self._recent.get(
+            ("asked", name, minutes, limit),
+            lambda: self._database.read(lambda tables: measurements.read_most_asked(tables, name, since_s=since_s, limit=limit)),
+        )
 
     async def _cut(self, name: str, *, most: int | None) -> Cut | None:
         def work(tables: Tables) -> Cut | None:

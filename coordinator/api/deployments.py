@@ -6,7 +6,7 @@ from collections.abc import Callable
 from aiohttp import web
 from sqlite_utils import Database as Tables
 
-from coordinator import accepting, versions
+from coordinator import accepting
 from coordinator.api.access import Access
 from coordinator.api.answers import Handler, Refused, json_answer, problem_of, refuse
 from coordinator.api.bodies import beginning
@@ -70,7 +70,7 @@ class DeploymentCalls:
     async def compare_versions(self, request: web.Request) -> web.Response:
         """See CALLS."""
         name = request.match_info["name"]
-        if found := await self._database.read(lambda tables: versions.read(tables, name)):
+        if found := await self._views.versions(name):
             return json_answer(found)
         raise unknown("deployment", name, "skerry deployment list")
 

@@ -7,11 +7,11 @@ from coordinator.api.access import Access
 from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.bodies import beginning
 from coordinator.api.calls import Call, checked, model_version, number, unknown
-from coordinator.gateways import NotAnswered
+from coordinator.gateways import MOST_TOLD_BYTES, NotAnswered
 from coordinator.model_store import ModelStore, NotTaken
 from coordinator.registry import deployments, glance
 from coordinator.registry.database import Database
-from coordinator.survey import MOST_TOLD_BYTES, Survey
+from coordinator.survey import Survey
 from coordinator.views import Views
 from skerry.wire import codec
 from skerry.wire.api import ModelView, NodeView
@@ -143,7 +143,10 @@ class ModelCalls:
         except codec.Malformed as exc:
             field = str(exc).rpartition("`$.")[2].rstrip("`")
             raise refuse(400, "invalid_query", str(exc), field=field) from exc
-        await self._known(name)
+        stored = await self._known(name)
+        if stored.spec.split == "edge" and query.get("split", "edge") != "edge":
+            text = f"{name} has 'split.mode: edge', so its boxes know of no other box: what another split would do they can't tell"
+            raise refuse(409, "split_is_edge", text, hint="set split.mode to overflow for an hour, and ask then")
         return json_answer(await self._survey.decisions(name, query, minutes=minutes, node=query.get("node", "")))
 
     async def list_slowest(self, request: web.Request) -> web.Response:
@@ -152,9 +155,11 @@ class ModelCalls:
         await self._known(name)
         return json_answer(await self._survey.slowest(name, minutes=minutes, node=request.query.get("node", "")))
 
-    async def _known(self, name: str) -> None:
-        if await self._database.read(lambda tables: deployments.read_deployment(tables, name)) is None:
+    async def _known(self, name: str) -> deployments.Stored:
+        stored = await self._database.read(lambda tables: deployments.read_deployment(tables, name))
+        if stored is None:
             raise unknown("deployment", name, "skerry deployment list")
+        return stored
 
     async def _hosts(self, name: str, wanted: str) -> list[NodeView]:
         """Boxes that have it ready and are heard, one that is named alone. Raises Refused."""

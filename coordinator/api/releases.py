@@ -25,7 +25,7 @@ from coordinator.model_store import ModelStore, NotTaken
 from coordinator.news import News
 from coordinator.registry import audit, events, finding, releases
 from coordinator.registry.database import Database
-from coordinator.software_rollout import title
+from coordinator.software_rollout import Fleet, title
 from skerry.release import unpack
 from skerry.wire import codec, model_signature
 from skerry.wire.accounts import Role
@@ -295,17 +295,20 @@ def view(tables: Tables) -> SoftwareView:
     if spread is None:
         return SoftwareView("", versions, None, [])
     troubles = [TroubleView(node, said.version, said.phase, said.reason) for node, said in finding.read_troubled(tables, most=MOST_SHOWN)]
-    return SoftwareView(spread.earlier if spread.is_taken_back else spread.version, versions, _rollout(spread), troubles)
+    return SoftwareView(spread.earlier if spread.is_taken_back else spread.version, versions, _rollout(tables, spread), troubles)
 
 
 def spreading(tables: Tables) -> list[RolloutView]:
     """All that spreads, or did last: deployments' changes and the box software."""
     spread = releases.read_spread(tables)
-    return [*rollouts.views(tables), *([_rollout(spread)] if spread else [])]
+    return [*rollouts.views(tables), *([_rollout(tables, spread)] if spread else [])]
 
 
-def _rollout(spread: Spread) -> RolloutView:
+def _rollout(tables: Tables, spread: Spread) -> RolloutView:
     ran = sorted(set(spread.ran.values()))
     before = ", ".join([*ran[:3], *(["..."] if len(ran) > 3 else [])]) or "what ran"
     named = Title(title(spread), (0, before), (0, spread.version), "box")
-    return progress(named, spread.state, spread.rules, spread.standing, changed_at_ms=spread.changed_at_ms)
+    standing = spread.standing
+    if spread.state.is_over and not standing.total:  # it was over before how far it was stood on record
+        standing = rollout.standing(spread.state, Fleet(tables).units(spread, {}))
+    return progress(named, spread.state, spread.rules, standing, changed_at_ms=spread.changed_at_ms)

@@ -13,7 +13,7 @@ from coordinator.api.answers import Handler, json_answer, refuse
 from coordinator.api.calls import ACTOR, Call, checked
 from coordinator.core import rollout
 from coordinator.core.rollout import State
-from coordinator.deployment_rollout import DEFAULT, take_back
+from coordinator.deployment_rollout import DEFAULT, World, take_back, units_of
 from coordinator.news import News
 from coordinator.registry import audit, events, rollouts
 from coordinator.registry.database import Database
@@ -54,7 +54,7 @@ class RolloutCalls:
     async def show_rollout(self, request: web.Request) -> web.Response:
         """See CALLS."""
         name = request.match_info["name"]
-        return json_answer(await self._database.read(lambda tables: view_of(_known(tables, name))))
+        return json_answer(await self._database.read(lambda tables: view_of(tables, _known(tables, name))))
 
     async def pause(self, request: web.Request) -> web.Response:
         """See CALLS."""
@@ -88,7 +88,7 @@ class RolloutCalls:
                 events.add_own_event(tables, "", kind, name, f"by {request[ACTOR].who}, in wave {len(now.state.waves)}", now_ms)
             if now.state.phase == "aborted":
                 take_back(tables, now, now_ms)
-            return view_of(now)
+            return view_of(tables, now)
 
         view = await self._database.write(work)
         self._news.tell("deployments", "events")
@@ -108,17 +108,19 @@ def _known(tables: Tables, name: str) -> Rollout:
 def shown(tables: Tables, name: str) -> RolloutView | None:
     """Of one deployment, if it has one."""
     held = rollouts.read_rollout(tables, name)
-    return view_of(held) if held is not None else None
+    return view_of(tables, held) if held is not None else None
 
 
 def views(tables: Tables) -> list[RolloutView]:
     """Of every deployment that has one."""
-    return [view_of(held) for held in rollouts.read_rollouts(tables)]
+    return [view_of(tables, held) for held in rollouts.read_rollouts(tables)]
 
 
-def view_of(held: Rollout) -> RolloutView:
+def view_of(tables: Tables, held: Rollout) -> RolloutView:
     """As people and scripts see it: as it was last looked at: each second, more seldom with very many boxes."""
-    before, after = held.before, held.after
+    before, after, standing = held.before, held.after, held.standing
+    if held.state.is_over and not standing.total:  # it was over before how far it was stood on record
+        standing = rollout.standing(held.state, units_of(held, World(tables), {}))
     return progress(
         Title(
             held.deployment,
@@ -128,7 +130,7 @@ def view_of(held: Rollout) -> RolloutView:
         ),
         held.state,
         after.spec.rollout or DEFAULT,
-        held.standing,
+        standing,
         changed_at_ms=held.changed_at_ms,
     )
 

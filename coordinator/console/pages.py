@@ -8,7 +8,6 @@ import msgspec
 from aiohttp import web
 from sqlite_utils import Database as Tables
 
-from coordinator import versions
 from coordinator.api import releases, rollouts
 from coordinator.console.flow import picture
 from coordinator.console.language import N_, _
@@ -143,7 +142,7 @@ class Pages:
         view = cut.view
         nodes = {node.id: node for node in await self._views.some({one.node for one in view.placements})}
         reported = {(node.id, replica.name): replica.generation for node in nodes.values() for replica in node.replicas}
-        compared = [] if is_fragment(request) else await self._database.read(lambda tables: versions.read(tables, name))
+        compared = [] if is_fragment(request) else await self._views.versions(name)
         context = {
             "view": view,
             "placed": cut.placements,

@@ -139,9 +139,10 @@ class Standing(msgspec.Struct, frozen=True):
     away: int = 0
 
 
-def standing(state: State, units: Mapping[str, Unit]) -> Standing:
-    """How far it is."""
-    ready = sum(1 for name in state.admitted if name in units and units[name].ready)
+def standing(state: State, units: Mapping[str, Unit], *, before: frozenset[str] | None = None) -> Standing:
+    """How far it is. ``before`` are the units that were admitted when ``units`` were looked at: what runs on others is no word on it."""
+    known = state.admitted if before is None else state.admitted & before
+    ready = sum(1 for name in known if name in units and units[name].ready)
     away = sum(1 for name in state.admitted if name not in units or not units[name].is_there)
     return Standing(len(state.admitted | set(units)), 0 if state.phase in ("failed", "aborted") else ready, away)
 

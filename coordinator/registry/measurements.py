@@ -187,13 +187,27 @@ def read_most_asked(tables: Tables, deployment: str, *, since_s: int, limit: int
     """The boxes that had the most requests for a deployment from ``since_s`` on, and how many had any."""
     rows = list(
         tables.query(
-            "SELECT node, count(*) OVER () AS boxes FROM"
-            " (SELECT node, total(edge + peer + cloud + refused + failed) AS n FROM serve_rollups"
-            " WHERE deployment = ? AND at_s >= ? AND node != ? GROUP BY node HAVING n > 0) ORDER BY n DESC, node LIMIT ?",
-            [deployment, since_s, ALL, limit],
+            "SELECT node, count(*) OVER () AS boxes FROM (SELECT s.node AS node,"
+            " total(s.edge + s.peer + s.cloud + s.refused + s.failed) AS n FROM nodes b CROSS JOIN serve_rollups s"
+            " ON s.node = b.id AND s.at_s >= ? AND s.deployment = ? GROUP BY s.node HAVING n > 0) ORDER BY n DESC, node LIMIT ?",
+            [since_s, deployment, limit],
         )
     )
     return [row["node"] for row in rows], rows[0]["boxes"] if rows else 0
+
+
+def sum_up(tables: Tables, deployment: str, boxes: list[str], *, since_s: int, until_s: int) -> Served:
+    """What these boxes, or ALL together, were asked for a deployment from ``since_s`` until ``until_s``."""
+    where = "node IN (SELECT value FROM json_each(?)) AND at_s >= ? AND at_s < ? AND deployment = ?"
+    values = [msgspec.json.encode(boxes).decode(), since_s, until_s, deployment]
+    sums = ", ".join(f"CAST(min({MOST}, total({name})) AS INTEGER) AS {name}" for name in COUNTS)
+    counts = next(iter(tables.query(f"SELECT {sums} FROM serve_rollups WHERE {where}", values)))  # noqa: S608 - constants
+    histogram = tables.query(
+        f"SELECT CAST(l.key AS INTEGER) AS bucket, CAST(min({MOST}, total(l.value)) AS INTEGER) AS n"  # noqa: S608 - constants
+        f" FROM serve_rollups s, json_each(s.latency) l WHERE {where} GROUP BY bucket",
+        values,
+    )
+    return Served(deployment, since_s, "", **counts, latency={row["bucket"]: row["n"] for row in histogram})
 
 
 def read_loads(tables: Tables, node: str, *, since_s: int) -> list[BoxLoad]:

@@ -9,7 +9,7 @@ import msgspec
 from edge_agent.core import routing
 from edge_agent.core.estimate import Link
 from edge_agent.core.routing import FIRST_FORWARD_MS, FORGET_S, Decision, Forward, Here, LocalView, UpstreamView
-from skerry.wire.decision import Changed, Moved, Tally, Who
+from skerry.wire.decision import MOST_TEXT, Changed, Moved, Tally, Who
 from skerry.wire.messages import SplitMode, Tier
 
 HOUR_MS = 3_600_000
@@ -80,17 +80,30 @@ class Replay:
 
     def add(self, case: Case, count: int) -> None:
         """One more, that stands for ``count`` requests of about its time, itself among them."""
-        hour, most = case.at_ms // HOUR_MS, self._change.cloud_requests_per_hour
-        if hour != self._hour:
+        who_was = self._who(decided(case), case)
+        self.before = _plus(self.before, who_was, count)
+        most = self._change.cloud_requests_per_hour
+        if most is None:
+            self._would(case, who_was, count, decided(changed(case, self._change)))
+            return
+        if (hour := case.at_ms // HOUR_MS) != self._hour:
             self._hour, self._spent = hour, 0
-        other = changed(case, self._change, has_budget=None if most is None else self._spent + count <= most)
-        was, would = decided(case), decided(other)
-        who_was, who_would = self._who(was, case), self._who(would, case)
-        if isinstance(would, Forward) and who_would == "cloud":
-            self._spent += count
-        self.before, self.after = _plus(self.before, who_was, count), _plus(self.after, who_would, count)
+        would = decided(changed(case, self._change, has_budget=True))
+        within = count
+        if isinstance(would, Forward) and self._who(would, case) == "cloud":
+            within = min(count, max(0, most - self._spent))
+            self._spent += within
+        self._would(case, who_was, within, would)
+        if within < count:
+            self._would(case, who_was, count - within, decided(changed(case, self._change, has_budget=False)))
+
+    def _would(self, case: Case, who_was: Who, count: int, would: Decision) -> None:
+        who_would = self._who(would, case)
+        if not count:
+            return
+        self.after = _plus(self.after, who_would, count)
         if who_was != who_would:
-            self.moved.append(Moved(case.at_ms, count, who_was, who_would, routing.in_words(would)))
+            self.moved.append(Moved(case.at_ms, count, who_was, who_would, routing.in_words(would)[:MOST_TEXT]))
 
     def _who(self, decision: Decision, case: Case) -> Who:
         match decision:

@@ -33,14 +33,16 @@ class Cases:
         held = self._held.get(deployment)
         if held is None:
             held = self._held[deployment] = deque()
+            for each in self._held.values():
+                _cut(each, MOST // len(self._held))
         if held and held[-1].case.at_ms // EVERY_MS == case.at_ms // EVERY_MS:
             held[-1].count += 1
             if random.random() * held[-1].count < 1:
                 held[-1].case = case
             return
         held.append(Kept(case))
-        share = max(1, MOST // len(self._held))
-        while len(held) > share or held[0].case.at_ms < case.at_ms - KEPT_MS:
+        _cut(held, MOST // len(self._held))
+        while held[0].case.at_ms < case.at_ms - KEPT_MS:
             held.popleft()
 
     def keep(self, deployments: set[str]) -> None:
@@ -51,3 +53,9 @@ class Cases:
     def since(self, deployment: str, at_ms: int) -> list[Kept]:
         """Those of one deployment from then on, the oldest first."""
         return [one for one in self._held.get(deployment, ()) if one.case.at_ms >= at_ms]
+
+
+def _cut(held: deque[Kept], most: int) -> None:
+    """Keep the latest, one at the least."""
+    while len(held) > max(1, most):
+        held.popleft()

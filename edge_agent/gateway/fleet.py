@@ -94,7 +94,7 @@ def _contexts(config: Peers, judge: tls.Judge) -> tuple[ssl.SSLContext, ssl.SSLC
 
 
 TOLD = ("/decision", "/decisions", "/slowest")
-"""What an operator may ask through the coordinator: none of it does anything."""
+"""What people may ask through the coordinator: none of it does anything."""
 
 
 class Door:

@@ -30,9 +30,8 @@ from edge_agent.gateway.shadow import ShadowPool
 from edge_agent.gateway.upstream import Reply, UpstreamFailed, UpstreamRefused, Upstreams
 from skerry.wire import oip
 from skerry.wire.box import Route, RouteTable
-from skerry.wire.decision import Who
 from skerry.wire.messages import Tier
-from skerry.wire.slowest import SlowRequest
+from skerry.wire.slowest import Ended, SlowRequest
 
 ANSWER_MARGIN_MS = 2.0
 """Kept back from the deadline for the way back to the caller."""
@@ -66,15 +65,13 @@ class Failed(Exception):
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """A request as it came. ``started`` is on time.perf_counter, in seconds; ``memory`` is where its tensors lie, if it was reserved.
-    One that ``is_supposed`` did not come: somebody asks what would become of it."""
+    """A request as it came. ``started`` is on time.perf_counter, in seconds; ``memory`` is where its tensors lie, if it was reserved."""
 
     request: oip.InferRequest
     started: float
     deadline_ms: float
     forwarded: bool = False
     memory: object = None
-    is_supposed: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -111,7 +108,7 @@ class Served:
 class _Request:
     """A request on its way through the tries."""
 
-    __slots__ = ("arrival", "failure", "may_leave", "place", "rows", "served", "size_bytes", "tried_nodes", "until_s")
+    __slots__ = ("arrival", "case", "failure", "is_noted", "may_leave", "place", "rows", "served", "size_bytes", "tried_nodes", "until_s")
 
     def __init__(self, arrival: Arrival, served: Served) -> None:
         request = arrival.request
@@ -122,6 +119,9 @@ class _Request:
         self.place = Place(priority=request.priority, arrived_s=time.perf_counter(), until_s=self.until_s, rows=max(1, self.rows))
         self.size_bytes = sum(len(tensor.data) for tensor in request.inputs)
         self.may_leave = request.sequence is None
+        self.case: Case | None = None
+        """What its last decision was made from."""
+        self.is_noted = False
         self.failure = ""
         """What went wrong before, for the reason."""
         self.tried_nodes: set[str] = set()
@@ -239,16 +239,18 @@ class Service:
             raise
         except (Failed, Rejected, Interrupted) as exc:
             account.failed("BACKEND" if isinstance(exc, Failed) else "OTHER", _ms_since(arrival.started))
+            self._note_if_slow(arrival, served, "failed", "", str(exc))
             raise
         except asyncio.CancelledError:
             account.cancelled(_ms_since(arrival.started))
+            self._note_if_slow(arrival, served, "cancelled", "", "nobody waited for the answer any more")
             raise
         self._note_if_slow(arrival, served, answer.served_by, answer.node, answer.reason, answer.timing)
         if served.shadow.wants(arrival.request, is_own=answer.node == self._node):
             served.shadow.ask(arrival.request, answer.outputs, account)
         return answer
 
-    def _note_if_slow(self, arrival: Arrival, served: Served, who: Who, node: str, reason: str, timing: str = "") -> None:
+    def _note_if_slow(self, arrival: Arrival, served: Served, who: Ended, node: str, reason: str, timing: str = "") -> None:
         """Put it by if it is among the slowest that callers of this box waited for."""
         took_ms, at_ms, deployment = _ms_since(arrival.started), time.time_ns() // 1_000_000, served.route.deployment
         if not arrival.forwarded and self._samples.slowest.wants(deployment, took_ms, at_ms=at_ms):
@@ -261,10 +263,12 @@ class Service:
             for _ in range(MOST_TRIES):
                 decision = self._decide(request, tries)
                 if not isinstance(decision, Refuse):
+                    self._note(request)
                     tries.append(self._begin(request, decision, is_second=bool(tries)))
                 elif not tries:
                     if await self._comes_back(request):
                         continue
+                    self._note(request)
                     self._sample_refusal(request, decision)
                     raise Refused(f"{request.failure}{decision.reason}", decision.retry_after_s)
                 wake_ms = request.remaining_ms
@@ -295,9 +299,14 @@ class Service:
             local = served.pool.view(request.place, jobs, overdue_by_ms=LAST_RESORT_MS)
             case = msgspec.structs.replace(case, local=local, remaining_ms=request.remaining_ms)
             decision = replay.decided(case, forwarded=arrival.forwarded)
-        if not tries and not request.failure and not arrival.forwarded and not arrival.is_supposed:
-            self._samples.cases.note(served.route.deployment, case)
+        request.case = case
         return decision
+
+    def _note(self, request: _Request) -> None:
+        """Keep what it was decided by at first, once it is settled; what was passed on to this box was decided elsewhere."""
+        if request.case is not None and not request.is_noted and not request.arrival.forwarded:
+            request.is_noted = True
+            self._samples.cases.note(request.served.route.deployment, request.case)
 
     def _case(self, request: _Request, local: LocalView) -> Case:
         """What a decision is made from now."""
@@ -450,6 +459,7 @@ class Service:
         pool, step = request.served.pool, request.arrival.request.sequence
         assert step is not None  # noqa: S101 - for the type checker
         decision = self._decide(request, [])
+        self._note(request)
         if not isinstance(decision, Here):
             raise Refused(f"a sequence stays on this box: {decision.reason}", 1)
         for name in pool.holders(step):
@@ -491,7 +501,7 @@ class Service:
     def foreseen(self, served: Served, *, deadline_ms: float, size_bytes: int, priority: int) -> Decision:
         """What would become of such a request now."""
         empty = oip.InferRequest("", [], [], priority=priority)
-        request = _Request(Arrival(empty, time.perf_counter(), deadline_ms, is_supposed=True), served)
+        request = _Request(Arrival(empty, time.perf_counter(), deadline_ms), served)
         request.size_bytes = size_bytes
         return self._decide(request, [])
 

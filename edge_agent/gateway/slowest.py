@@ -5,13 +5,16 @@ from collections import deque
 
 import msgspec
 
-from skerry.wire.slowest import MOST_KEPT_MIN, SlowRequest
+from skerry.wire.decision import MOST_KEPT_MIN
+from skerry.wire.slowest import MOST_TIMING, SlowRequest
 
 SLOT_MS = 300_000
 MOST = 10
 """Of one deployment in each slot: one bad quarter of an hour does not hide the others."""
 SLOTS = MOST_KEPT_MIN * 60_000 // SLOT_MS
 MOST_WORDS = 300
+MOST_NAME = 128
+"""Another box says what it is called, and what took it how long."""
 
 
 class _Slot(msgspec.Struct):
@@ -40,7 +43,8 @@ class SlowestKept:
         if not held or held[-1].began_ms != _began(request.at_ms):
             held.append(_Slot(_began(request.at_ms), []))
         self._number += 1
-        one = (request.took_ms, self._number, msgspec.structs.replace(request, reason=request.reason[:MOST_WORDS]))
+        texts = {"reason": request.reason[:MOST_WORDS], "timing": request.timing[:MOST_TIMING], "node": request.node[:MOST_NAME]}
+        one = (request.took_ms, self._number, msgspec.structs.replace(request, **texts))
         heap = held[-1].heap
         if len(heap) < MOST:
             heapq.heappush(heap, one)

@@ -81,23 +81,31 @@ def changed(query: Mapping[str, str]) -> Changed:
         raise codec.Malformed(str(exc)) from exc
 
 
+MOST_TEXT = 2000
+AtMs = Annotated[int, Meta(ge=0, le=253_402_300_799_000)]
+"""Unix time in milliseconds, up to the year 9999: what people's clocks can show."""
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Text = Annotated[str, Meta(max_length=MOST_TEXT)]
+Name = Annotated[str, Meta(max_length=128)]
+
+
 class Tally(msgspec.Struct, frozen=True):
     """Requests, by who answered."""
 
-    edge: int = 0
-    peer: int = 0
-    cloud: int = 0
-    refused: int = 0
+    edge: Count = 0
+    peer: Count = 0
+    cloud: Count = 0
+    refused: Count = 0
 
 
 class Moved(msgspec.Struct, frozen=True):
     """A request, standing for ``count``, that another would have answered: why, and by which numbers, is told in ``text``."""
 
-    at_ms: int
-    count: int
+    at_ms: AtMs
+    count: Count
     before: Who
     after: Who
-    text: str
+    text: Text
 
 
 class Decisions(msgspec.Struct, frozen=True):
@@ -106,12 +114,12 @@ class Decisions(msgspec.Struct, frozen=True):
     ``cases`` were decided anew, each as the box found things when the request came; they stand for all.
     """
 
-    deployment: str
-    since_ms: int
-    cases: int
+    deployment: Name
+    since_ms: AtMs
+    cases: Count
     before: Tally
     after: Tally
-    moved: list[Moved] = []
+    moved: Annotated[list[Moved], Meta(max_length=100)] = []
 
 
 class MovedOn(Moved, frozen=True):

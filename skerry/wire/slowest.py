@@ -1,11 +1,16 @@
 """The requests that took longest, and where the time went: a gateway's answer to ``GET /v2/models/{name}/slowest``, and the fleet's."""
 
+from typing import Annotated, Literal
+
 import msgspec
+from msgspec import Meta
 
-from skerry.wire.decision import Who
+from skerry.wire.decision import AtMs, Name, Text
 
-MOST_KEPT_MIN = 60
-"""So long do gateways keep them."""
+Ended = Literal["edge", "peer", "cloud", "refused", "failed", "cancelled"]
+"""Who answered, or why nobody did; ``cancelled`` is by the caller."""
+MOST_TIMING = 500
+Ms = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class SlowRequest(msgspec.Struct, frozen=True):
@@ -15,20 +20,20 @@ class SlowRequest(msgspec.Struct, frozen=True):
     milliseconds; empty where nobody answered. ``node`` answered it, because of ``reason``.
     """
 
-    at_ms: int
-    took_ms: float
-    deadline_ms: float
-    who: Who
-    node: str
-    reason: str
-    timing: str = ""
+    at_ms: AtMs
+    took_ms: Ms
+    deadline_ms: Ms
+    who: Ended
+    node: Name
+    reason: Text
+    timing: Annotated[str, Meta(max_length=MOST_TIMING)] = ""
 
 
 class Slowest(msgspec.Struct, frozen=True):
     """One gateway's, the slowest first."""
 
-    deployment: str
-    requests: list[SlowRequest]
+    deployment: Name
+    requests: Annotated[list[SlowRequest], Meta(max_length=1000)]
 
 
 class SlowRequestOf(SlowRequest, frozen=True):

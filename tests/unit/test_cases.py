@@ -1,7 +1,5 @@
 """A few cases stand for all requests of the last hour, and take no more room than they may."""
 
-import random
-
 import msgspec
 
 from edge_agent.core.estimate import CostCurve
@@ -53,12 +51,13 @@ def test_many_deployments_share_the_room_and_what_is_not_served_any_more_leaves_
     assert sum(len(each) for each in held.values()) <= MOST
     assert {len(each) for each in held.values()} == {MOST // 40}
     assert all(each[-1].case.at_ms == 299 * EVERY_MS for each in held.values())
+    cases.note("late", case(300 * EVERY_MS))
+    assert {len(cases.since(name, 0)) for name in names} == {MOST // 41}, "those that nobody asks for make room, too"
     cases.keep({"d-1"})
     assert [name for name in names if cases.since(name, 0)] == ["d-1"]
 
 
 def test_a_clock_that_is_set_back_loses_nothing_and_takes_no_more_room():
-    random.seed(1)
     cases = Cases()
     for at_ms in (5 * KEPT_MS, 5 * KEPT_MS + 1, 0, 1, 2):
         cases.note("a", case(at_ms))

@@ -102,6 +102,7 @@ async function look() {
     return;
   }
   isLooking = true;
+  let isSeen = false;
   try {
     const address = new URL(location.href);
     address.searchParams.set("fragment", "1");
@@ -111,11 +112,13 @@ async function look() {
       return;
     }
     if (response.ok) show(await response.text());
+    isSeen = response.ok;
   } catch {
     // The stream notices as well, and the banner says it.
   } finally {
     isLooking = false;
     lookedAt = performance.now();
+    if (!isSeen && !timer) timer = setTimeout(look, AGAIN_MS); // what changed is not told again
   }
 }
 
@@ -153,7 +156,7 @@ async function readStream(signal) {
   if (response.status === 401) reload();
   if (!response.ok) return;
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let [rest, coming] = ["", ""];
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
@@ -161,7 +164,10 @@ async function readStream(signal) {
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     const told = new Set(lines.filter((line) => line.startsWith("event: ")).map((line) => line.slice(7).trim()));
-    for (const line of lines) if (line.startsWith("id: ")) place = line.slice(4).trim();
+    for (const line of lines) {
+      if (line.startsWith("id: ")) coming = line.slice(4).trim();
+      else if (line === "" && coming) [place, coming] = [coming, ""]; // the event is whole
+    }
     if (told.delete("hello") && !lines.some((line) => line.includes('"resumed": true'))) {
       lookSoon(); // what changed meanwhile is not known
       for (const topic of ["nodes", "deployments", "events", "metrics"]) told.add(topic);

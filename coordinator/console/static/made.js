@@ -45,7 +45,7 @@ export function timing(header) {
   const most = Math.max(0.001, ...parts.map(([, took]) => took));
   for (const [name, took] of parts) {
     const meter = make("meter", { min: 0, max: most, value: took });
-    const word = t(SPANS[name] ?? name);
+    const word = Object.hasOwn(SPANS, name) ? t(SPANS[name]) : name;
     meter.setAttribute("aria-label", `${word} ${took} ms`);
     list.append(make("li", {}, make("span", { textContent: word }), meter, make("b", { textContent: `${took.toFixed(2)} ms` })));
   }

@@ -4,16 +4,17 @@ import { asked, boxLink, make, ms, problem, table, timing, told, when } from "./
 import { N_, t } from "./words.js";
 
 const MOST = 8;
+const ENDS = { edge: N_("edge"), peer: N_("peer"), cloud: N_("cloud"), refused: N_("refused"), failed: N_("failed"), cancelled: N_("given up by its caller") };
 const HEADS = [[N_("Time"), "name"], [N_("Asked"), "nowrap"], [N_("Took"), "num"], [N_("Answered by"), ""], [N_("Where the time went"), "wide"], [N_("Why there"), "wide"]];
 const place = document.getElementById("slowest");
 
 function took(one) {
-  const late = one.took_ms > one.deadline_ms;
-  return make("span", { className: late || one.who === "refused" ? "bad-ink" : "", textContent: t("%(took)s of %(deadline)s", { took: ms(one.took_ms), deadline: ms(one.deadline_ms) }) });
+  const isBad = one.took_ms > one.deadline_ms || ["refused", "failed", "cancelled"].includes(one.who);
+  return make("span", { className: isBad ? "bad-ink" : "", textContent: t("%(took)s of %(deadline)s", { took: ms(one.took_ms), deadline: ms(one.deadline_ms) }) });
 }
 
 function by(one) {
-  return one.node ? make("span", {}, `${t(one.who)}, `, boxLink(one.node)) : make("span", { textContent: t(one.who) });
+  return one.node ? make("span", {}, `${t(ENDS[one.who])}, `, boxLink(one.node)) : make("span", { textContent: t(ENDS[one.who]) });
 }
 
 async function show() {

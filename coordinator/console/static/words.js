@@ -8,5 +8,5 @@ export const N_ = (text) => text;
 
 /** A text; `%(name)s` in it stands for `values.name`. */
 export function t(text, values = {}) {
-  return (words[text] ?? text).replace(/%\((\w+)\)s/g, (_, name) => values[name]);
+  return (Object.hasOwn(words, text) ? words[text] : text).replace(/%\((\w+)\)s/g, (_, name) => values[name]);
 }

@@ -99,6 +99,7 @@ export default {
 "edge": "边缘",
 "failed": "失败",
 "from second": "起始秒",
+"given up by its caller": "调用方已放弃",
 "in all": "合计",
 "keeps": "保持",
 "labels: %(word)s is not KEY=VALUE": "标签：%(word)s 不是 KEY=VALUE 格式",

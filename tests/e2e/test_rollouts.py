@@ -167,9 +167,11 @@ def test_a_bad_change_is_stopped_at_the_first_box_taken_back_and_remembered(good
     assert (view.phase, view.admitted) == ("failed", 1)
     (canary,) = view.wave_units
     new, old = good.api.call("GET", "/v1/deployments/scale/versions", list[VersionView])
-    assert (new.model, old.model, new.boxes) == (model, "scale:1", 1)
-    assert (new.asked > 0, old.asked > 0) == (True, True)
-    if model == "scale:4":
+    ran = model == "scale:4"
+    assert (new.model, old.model, new.boxes) == (model, "scale:1", int(ran)), "one that does not start answers nobody"
+    assert ran or not new.asked
+    if ran:
+        assert min(new.asked, old.asked) > 0
         assert new.latency_ms["0.99"] > 2 * old.latency_ms["0.99"], (new, old)
     now = versions(good)
     assert {name: now[name] for name in now if name != canary} == {name: before[name] for name in before if name != canary}

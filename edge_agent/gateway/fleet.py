@@ -100,7 +100,7 @@ TOLD = ("/decision", "/decisions", "/slowest")
 class Door:
     """What other gateways are answered (``http.Application``): inference that they pass on, if they may, and nothing else.
 
-    The coordinator is answered as any caller is: an operator tries a model.
+    The coordinator is answered as any caller is, where an operator tries a model, and told how this box decides and decided (TOLD).
     """
 
     def __init__(self, api: Api, fleet: FleetIdentity, tier: Tier) -> None:
